@@ -1,0 +1,89 @@
+// bind.cpp - every binding of the native core. Pointers come as integers from dcmerge_ext/_native.py, the only caller;
+// sizes are counts of elements. The GIL is released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "kernels/elect.h"
+#include "kernels/select.h"
+
+namespace py = pybind11;
+
+namespace dcmerge {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Calls f with a zero of the element type that `itemsize` names: 4 float, 8 double.
+template <typename F>
+void with_float(int itemsize, F&& f) {
+    if (itemsize == 4) {
+        f(float{});
+    } else if (itemsize == 8) {
+        f(double{});
+    } else {
+        throw std::invalid_argument("itemsize must be 4 or 8");
+    }
+}
+
+void bind_kth_magnitude(uintptr_t x, uintptr_t counts, uintptr_t out, int64_t rows, int64_t length, int itemsize,
+                        int threads) {
+    py::gil_scoped_release release;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        cpu::kth_magnitude<Float>(
+            {pointer<const Float>(x), pointer<const int64_t>(counts), pointer<Float>(out), rows, length, threads});
+    });
+}
+
+void bind_magnitude_histogram(uintptr_t x, uintptr_t out, int64_t length, int shift, int width, uint64_t prefix,
+                              int itemsize, int threads) {
+    py::gil_scoped_release release;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        cpu::magnitude_histogram<Float>(
+            {pointer<const Float>(x), pointer<int64_t>(out), length, shift, width, prefix, threads});
+    });
+}
+
+void bind_elect(uintptr_t stack, uintptr_t thresholds, uintptr_t out, int64_t batch, int64_t tasks, int64_t rows,
+                int64_t cols, uintptr_t blocks, int64_t num_blocks, int zero_sum, bool mean, int itemsize,
+                int threads) {
+    py::gil_scoped_release release;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        cpu::elect<Float>({pointer<const Float>(stack), pointer<const Float>(thresholds), pointer<Float>(out), batch,
+                           tasks, rows, cols, pointer<const int64_t>(blocks), num_blocks, zero_sum, mean, threads});
+    });
+}
+
+std::string description() {
+#ifdef _OPENMP
+    return "C++17, OpenMP " + std::to_string(_OPENMP);
+#else
+    return "C++17, single-threaded (built without OpenMP)";
+#endif
+}
+
+}  // namespace
+}  // namespace dcmerge
+
+PYBIND11_MODULE(_cpu, m) {
+    using namespace dcmerge;
+    using py::literals::operator""_a;
+    m.doc() = "Native CPU kernels of dcmerge_ext. Private: call dcmerge_ext.ops.";
+    m.def("description", &description);
+    m.def("kth_magnitude", &bind_kth_magnitude, "x"_a, "counts"_a, "out"_a, "rows"_a, "length"_a, "itemsize"_a,
+          "threads"_a);
+    m.def("magnitude_histogram", &bind_magnitude_histogram, "x"_a, "out"_a, "length"_a, "shift"_a, "width"_a,
+          "prefix"_a, "itemsize"_a, "threads"_a);
+    m.def("elect", &bind_elect, "stack"_a, "thresholds"_a, "out"_a, "batch"_a, "tasks"_a, "rows"_a, "cols"_a,
+          "blocks"_a, "num_blocks"_a, "zero_sum"_a, "mean"_a, "itemsize"_a, "threads"_a);
+}

@@ -1,0 +1,70 @@
+"""The native CPU core as a backend: the only file with data pointers.
+
+Every function takes what :mod:`dcmerge_ext.ops` has validated: contiguous float32 or float64 CPU tensors. Outputs are
+allocated by torch; each operand is bound to a name that outlives the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from dcmerge_ext import _cpu
+except ImportError as error:  # a source tree that was never built, or a build for another Python
+    _IMPORT_ERROR: str | None = f"{error}; build it with: pip install ."
+else:
+    _IMPORT_ERROR = None
+
+
+def loaded() -> bool:
+    return _IMPORT_ERROR is None
+
+
+def why_not() -> str:
+    return _IMPORT_ERROR or ""
+
+
+def description() -> str:
+    return f"{_cpu.description()}, {torch.get_num_threads()} threads"
+
+
+def kth_magnitude(x: Tensor, counts: Tensor) -> Tensor:
+    rows, length = x.shape
+    out = x.new_empty(rows)
+    _cpu.kth_magnitude(
+        x.data_ptr(), counts.data_ptr(), out.data_ptr(), rows, length, x.element_size(), torch.get_num_threads()
+    )
+    return out
+
+
+def magnitude_histogram(x: Tensor, out: Tensor, shift: int, width: int, prefix: int) -> None:
+    _cpu.magnitude_histogram(
+        x.data_ptr(), out.data_ptr(), x.numel(), shift, width, prefix, x.element_size(), torch.get_num_threads()
+    )
+
+
+def elect(
+    stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None, zero_sum: int, mean: bool
+) -> Tensor:
+    batch, tasks, rows, cols = stack.shape
+    out = stack.new_empty(batch, rows, cols)
+    sizes = None if blocks is None else torch.tensor(blocks, dtype=torch.int64)
+    _cpu.elect(
+        stack.data_ptr(),
+        0 if thresholds is None else thresholds.data_ptr(),
+        out.data_ptr(),
+        batch,
+        tasks,
+        rows,
+        cols,
+        0 if sizes is None else sizes.data_ptr(),
+        0 if sizes is None else sizes.numel(),
+        zero_sum,
+        mean,
+        stack.element_size(),
+        torch.get_num_threads(),
+    )
+    return out

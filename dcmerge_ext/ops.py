@@ -1,0 +1,122 @@
+"""The operations that torch does badly for merging, validated once and run by the backend of the tensor's device.
+
+Each has a twin of the same meaning in :mod:`dcmerge_ext.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dcmerge_ext import backends
+
+_COMPUTE_DTYPES = (torch.float32, torch.float64)
+
+
+def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
+    """The ``counts``-th largest magnitude of each row: the threshold that ``|x| >= threshold`` trims by.
+
+    Exact, by radix histogram rather than by sorting. Ties at the threshold are not resolved here: all of them satisfy
+    ``>=``.
+
+    Args:
+        x: (..., N) floating, N >= 1, finite, any strides. Half precision is selected in float32, exactly.
+        counts: int, or integer tensor (...), each in 1 .. N.
+    Returns:
+        (...), in the dtype of ``x``.
+    Raises:
+        ValueError: an empty row, or a count outside 1 .. N.   TypeError: not floating point.
+    """
+    _require_floating("kth_magnitude", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"kth_magnitude: needs x (..., N) with N >= 1, got {tuple(x.shape)}")
+    leading, length = x.shape[:-1], x.shape[-1]
+    rows = _compute(x).reshape(-1, length).contiguous()
+    wanted = torch.as_tensor(counts, dtype=torch.int64, device="cpu").expand(leading).reshape(-1).contiguous()
+    if wanted.numel() and not 1 <= int(wanted.min()) <= int(wanted.max()) <= length:
+        raise ValueError(
+            f"kth_magnitude: counts must lie in 1 .. {length}, got {int(wanted.min())} .. {int(wanted.max())}"
+        )
+    _, backend = backends.for_device(x.device)
+    return backend.kth_magnitude(rows, wanted).reshape(leading).to(x.dtype)
+
+
+def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefix: int = 0) -> None:
+    """Add to ``out`` how often each value of one digit of the magnitude occurs among ``x``.
+
+    The magnitude is the bit pattern without its sign: 31 bits in float32, 63 in float64. An element counts when its
+    bits above the digit equal ``prefix``. Two passes (shift 15 width 16, then shift 0 width 15) find an exact order
+    statistic of float32 data that is streamed and never held; states of several streams add up.
+
+    Args:
+        x: float32 or float64, any shape.
+        out: (2**width,) int64 on the CPU, added to in place.
+        shift: bits below the digit.   width: bits of the digit, 1 .. 16.   prefix: value of the bits above.
+    Raises:
+        ValueError: the digit lies outside the magnitude, or ``out`` has another size.   TypeError: another dtype.
+    """
+    bits = {torch.float32: 31, torch.float64: 63}.get(x.dtype)
+    if bits is None:
+        raise TypeError(f"magnitude_histogram: needs float32 or float64, got {x.dtype}")
+    if not (1 <= width <= 16 and shift >= 0 and shift + width <= bits):
+        raise ValueError(f"magnitude_histogram: shift {shift} and width {width} leave the {bits} bits of the magnitude")
+    if out.shape != (1 << width,) or out.dtype != torch.int64 or out.device.type != "cpu" or not out.is_contiguous():
+        raise ValueError(f"magnitude_histogram: out must be a contiguous int64 CPU tensor of {1 << width} counts")
+    _, backend = backends.for_device(x.device)
+    backend.magnitude_histogram(x.contiguous(), out, shift, width, prefix)
+
+
+def elect(
+    stack: Tensor,
+    thresholds: Tensor | None = None,
+    *,
+    blocks: Sequence[int] | None = None,
+    zero_sum: int = 0,
+    reduce: str = "mean",
+) -> Tensor:
+    """Trim, elect a sign, merge the tasks that agree with it, and mask: in one pass over the stack.
+
+    Per element: entries with ``|x| < threshold`` of their task count as 0; the elected sign is the sign of the sum over
+    the tasks; the result is the mean (or sum) of the nonzero entries of that sign. TIES-Merging (arXiv 2306.01708,
+    section 4) and DC-Merge (arXiv 2603.06242, section 3.3) differ only where the sum is exactly 0.
+
+    Args:
+        stack: (..., T, rows, cols), T >= 1, finite, any strides. Merged in float32, or float64 for float64.
+        thresholds: (..., T), or None to trim nothing.
+        blocks: sizes of the diagonal blocks kept by the structural mask of DC-Merge (section 3.4), adding up to
+            rows = cols; everything outside is 0. None: no mask.
+        zero_sum: where the sum is exactly 0: 0 gives 0 (DC-Merge); +1 or -1 elects that sign (TIES: the majority of
+            the whole model).
+        reduce: "mean" over the agreeing tasks, or "sum".
+    Returns:
+        (..., rows, cols), in the dtype of ``stack``.
+    Raises:
+        ValueError: shapes, blocks or choices that do not fit.   TypeError: not floating point.
+    """
+    _require_floating("elect", stack)
+    if stack.ndim < 3 or stack.shape[-3] == 0:
+        raise ValueError(f"elect: needs stack (..., T, rows, cols) with T >= 1, got {tuple(stack.shape)}")
+    *leading, tasks, rows, cols = stack.shape
+    if blocks is not None and (rows != cols or sum(blocks) != rows or min(blocks, default=0) < 0):
+        raise ValueError(f"elect: blocks must be sizes adding up to {rows} = {cols}, got {list(blocks)}")
+    if zero_sum not in (-1, 0, 1) or reduce not in ("mean", "sum"):
+        raise ValueError(f"elect: zero_sum must be -1, 0 or 1 and reduce 'mean' or 'sum', got {zero_sum!r}, {reduce!r}")
+    batched = _compute(stack).reshape(-1, tasks, rows, cols).contiguous()
+    limits = None
+    if thresholds is not None:
+        if thresholds.shape != (*leading, tasks):
+            raise ValueError(f"elect: thresholds must be {(*leading, tasks)}, got {tuple(thresholds.shape)}")
+        limits = thresholds.to(batched).reshape(-1, tasks).contiguous()
+    _, backend = backends.for_device(stack.device)
+    return backend.elect(batched, limits, blocks, zero_sum, reduce == "mean").reshape(*leading, rows, cols).to(stack.dtype)
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x if x.dtype in _COMPUTE_DTYPES else x.float()
+
+
+def _require_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: needs a floating tensor, got {x.dtype}")
