@@ -1,23 +1,31 @@
 """Merge fine-tuned models and LoRA adapters of one base, without training: DC-Merge and its baselines."""
 
-from dcmerge_ext import linalg, methods, ops
+from importlib.metadata import version
+
+from dcmerge_ext import linalg, methods, metrics, ops
 from dcmerge_ext.backends import backends, use_backend
+from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
+from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.merging import merge_updates
 from dcmerge_ext.methods.base import list_methods
 from dcmerge_ext.smoothing import smooth_energy
 from dcmerge_ext.svd import Components, truncated_svd
 
-__version__ = "0.1.0"
+__version__ = version("dcmerge-ext")
 
 __all__ = [
     "Components",
     "LowRank",
+    "MergeReport",
     "backends",
     "linalg",
     "list_methods",
+    "merge_checkpoints",
+    "merge_state_dicts",
     "merge_updates",
     "methods",
+    "metrics",
     "ops",
     "smooth_energy",
     "truncated_svd",

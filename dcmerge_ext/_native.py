@@ -46,9 +46,7 @@ def magnitude_histogram(x: Tensor, out: Tensor, shift: int, width: int, prefix: 
     )
 
 
-def elect(
-    stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None, zero_sum: int, mean: bool
-) -> Tensor:
+def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None, zero_sum: int, mean: bool) -> Tensor:
     batch, tasks, rows, cols = stack.shape
     out = stack.new_empty(batch, rows, cols)
     sizes = None if blocks is None else torch.tensor(blocks, dtype=torch.int64)

@@ -55,21 +55,25 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def for_device(device: torch.device) -> tuple[str, ModuleType]:
-    """Name and module of the backend that runs on tensors of ``device``."""
+def for_device(device: torch.device) -> ModuleType:
+    """The backend that runs on tensors of ``device``."""
     forced = _chosen.get() or os.environ.get(_ENVIRONMENT)
     if forced:
         _require(forced)
         if forced == "cpu" and device.type != "cpu":
-            raise BackendUnavailable(f"backend 'cpu' was chosen and the tensor lies on {device}; move it or choose another")
-        return forced, _native if forced == "cpu" else reference
+            raise BackendUnavailable(
+                f"backend 'cpu' was chosen and the tensor lies on {device}; move it or choose another"
+            )
+        return _native if forced == "cpu" else reference
     if device.type == "cpu" and _native.loaded():
-        return "cpu", _native
+        return _native
     if device.type == "cpu":
-        _warn_once("cpu", f"the native CPU core is not available ({_native.why_not()}); plain torch runs instead, slower")
+        _warn_once(
+            "cpu", f"the native CPU core is not available ({_native.why_not()}); plain torch runs instead, slower"
+        )
     else:
         _warn_once(device.type, f"no native kernels for {device.type} tensors in this build; plain torch runs there")
-    return "reference", reference
+    return reference
 
 
 def _require(name: str) -> None:

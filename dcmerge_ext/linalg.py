@@ -48,7 +48,7 @@ def polar_with_values(X: Tensor, tol: float | None = None) -> tuple[Tensor, Tens
     basis, triangle = torch.linalg.qr(X)
     try:
         W, S, Zh = torch.linalg.svd(triangle, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ConvergenceError(f"polar factor of a {m} x {n} matrix failed: {error}") from error
     del triangle
     H = Zh.mT @ (S[..., :, None] * Zh)

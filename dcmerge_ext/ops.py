@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dcmerge_ext import backends
+from dcmerge_ext.backends import for_device
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64)
 
@@ -39,8 +39,8 @@ def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
         raise ValueError(
             f"kth_magnitude: counts must lie in 1 .. {length}, got {int(wanted.min())} .. {int(wanted.max())}"
         )
-    _, backend = backends.for_device(x.device)
-    return backend.kth_magnitude(rows, wanted).reshape(leading).to(x.dtype)
+    thresholds: Tensor = for_device(x.device).kth_magnitude(rows, wanted)
+    return thresholds.reshape(leading).to(x.dtype)
 
 
 def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefix: int = 0) -> None:
@@ -64,8 +64,7 @@ def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefi
         raise ValueError(f"magnitude_histogram: shift {shift} and width {width} leave the {bits} bits of the magnitude")
     if out.shape != (1 << width,) or out.dtype != torch.int64 or out.device.type != "cpu" or not out.is_contiguous():
         raise ValueError(f"magnitude_histogram: out must be a contiguous int64 CPU tensor of {1 << width} counts")
-    _, backend = backends.for_device(x.device)
-    backend.magnitude_histogram(x.contiguous(), out, shift, width, prefix)
+    for_device(x.device).magnitude_histogram(x.contiguous(), out, shift, width, prefix)
 
 
 def elect(
@@ -109,8 +108,8 @@ def elect(
         if thresholds.shape != (*leading, tasks):
             raise ValueError(f"elect: thresholds must be {(*leading, tasks)}, got {tuple(thresholds.shape)}")
         limits = thresholds.to(batched).reshape(-1, tasks).contiguous()
-    _, backend = backends.for_device(stack.device)
-    return backend.elect(batched, limits, blocks, zero_sum, reduce == "mean").reshape(*leading, rows, cols).to(stack.dtype)
+    merged: Tensor = for_device(stack.device).elect(batched, limits, blocks, zero_sum, reduce == "mean")
+    return merged.reshape(*leading, rows, cols).to(stack.dtype)
 
 
 def _compute(x: Tensor) -> Tensor:

@@ -20,9 +20,7 @@ def magnitude_histogram(x: Tensor, out: Tensor, shift: int, width: int, prefix: 
     out += torch.bincount(digits, minlength=1 << width).to(out.device)
 
 
-def elect(
-    stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None, zero_sum: int, mean: bool
-) -> Tensor:
+def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None, zero_sum: int, mean: bool) -> Tensor:
     if thresholds is not None:
         stack = torch.where(stack.abs() >= thresholds[..., None, None], stack, 0)
     sign = torch.zeros_like(stack[:, 0])

@@ -67,7 +67,7 @@ def truncated_svd(A: Update, rank: int, *, accuracy: Accuracy = "exact", seed: i
 def _lapack(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ConvergenceError(f"SVD of a {A.shape[-2]} x {A.shape[-1]} matrix failed: {error}") from error
     return U, S, Vh
 

@@ -8,7 +8,7 @@ from dcmerge_ext.methods.sums import mean_updates
 from dcmerge_ext.updates import Updates
 
 
-class Averaging(Method):
+class Averaging(Method, frozen=True):
     """Mean of the updates, (1/T) sum_i Delta_i; with scale 1 the mean of the fine-tuned weights.
 
     Source: Model soups (Wortsman et al., arXiv 2203.05482), uniform soup. Reads each task once; T m n additions.

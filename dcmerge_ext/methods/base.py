@@ -83,6 +83,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The merged update, without the scale."""
         raise TypeError(f"{type(self).__name__} does not implement merge")
 
+    def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
+        """Rank of the LowRank that LowRank updates merge to, from headers; None where the result is dense."""
+        return sum(spec.rank or 0 for spec in specs) if self.keeps_rank else None
+
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         """Rough count for the plan's estimate of time. 0: bound by reading and writing."""
         return 0.0
@@ -115,8 +119,9 @@ def register(cls: type[Method]) -> Callable[..., Update]:
     merge.__name__ = merge.__qualname__ = cls.name
     merge.__module__ = cls.__module__
     merge.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    merge.__doc__ = f"{inspect.getdoc(cls)}\n\nArgs:\n    updates: T updates of one matrix, tensors and/or LowRank.\n" + "".join(
-        f"    {o.name}: {o.meaning}\n" for o in describe_options(cls)
+    merge.__doc__ = (
+        f"{inspect.getdoc(cls)}\n\nArgs:\n    updates: T updates of one matrix, tensors and/or LowRank.\n"
+        + "".join(f"    {o.name}: {o.meaning}\n" for o in describe_options(cls))
     )
     return merge
 
@@ -140,7 +145,9 @@ def describe_options(cls: type[Method]) -> list[OptionInfo]:
         if get_origin(hint) is Annotated:
             hint, *extras = get_args(hint)
             meaning = next((m.description for m in extras if isinstance(m, msgspec.Meta) and m.description), "")
-        text = re.sub(r"(typing|collections\.abc)\.", "", str(hint) if get_origin(hint) else getattr(hint, "__name__", str(hint)))
+        text = re.sub(
+            r"(typing|collections\.abc)\.", "", str(hint) if get_origin(hint) else getattr(hint, "__name__", str(hint))
+        )
         infos.append(OptionInfo(f.name, text, f.default, meaning))
     return infos
 
@@ -164,7 +171,9 @@ def create(name: str, options: Mapping[str, Any]) -> Method:
             preset together with an option it sets differently.
     """
     if name not in _METHODS:
-        raise OptionError(f"unknown method {name!r}{nearest(name, list(_METHODS))} (known: {', '.join(sorted(_METHODS))})")
+        raise OptionError(
+            f"unknown method {name!r}{nearest(name, list(_METHODS))} (known: {', '.join(sorted(_METHODS))})"
+        )
     cls = _METHODS[name]
     known = [f.name for f in msgspec.structs.fields(cls)]
     for option in options:
@@ -206,4 +215,3 @@ def survey_model(
         visit(lambda key, updates: method.survey(key, updates, current))  # noqa: B023 - called at once
         state = method.finish(state)
     return state
-

@@ -35,7 +35,7 @@ PositiveFraction = Annotated[float, Meta(gt=0, le=1)]
 AtLeastOne = Annotated[float, Meta(ge=1)]
 
 
-class DCMerge(Method):
+class DCMerge(Method, frozen=True):
     """Smooth each task's singular values, merge all tasks in one shared orthonormal cover basis, mask, map back.
 
     Source: DC-Merge (arXiv 2603.06242, CVPR 2026), section 3 and algorithm 1. Per matrix, with k the sum of the ranks:
@@ -56,14 +56,24 @@ class DCMerge(Method):
     paper = "https://arxiv.org/abs/2603.06242"
     keeps_rank = True
     presets: ClassVar = {
-        "fft": Preset({"smoothing": "none", "aggregate": "ties", "keep": 1e-3, "count_base": "min_dim"}, "apply", _AUTHORS_MATRICES),
-        "lora": Preset({"rank": 16, "smoothing": "average", "aggregate": "ties", "keep": 1e-3, "count_base": "cover"}, "ignore"),
-        "vlm": Preset({"rank": 16, "smoothing": "average", "aggregate": "ties", "keep": 1e-3, "count_base": "cover"}, "ignore"),
+        "fft": Preset(
+            {"smoothing": "none", "aggregate": "ties", "keep": 1e-3, "count_base": "min_dim"},
+            "apply",
+            _AUTHORS_MATRICES,
+        ),
+        "lora": Preset(
+            {"rank": 16, "smoothing": "average", "aggregate": "ties", "keep": 1e-3, "count_base": "cover"}, "ignore"
+        ),
+        "vlm": Preset(
+            {"rank": 16, "smoothing": "average", "aggregate": "ties", "keep": 1e-3, "count_base": "cover"}, "ignore"
+        ),
     }
 
     official: Annotated[
         Literal["fft", "lora", "vlm"] | None,
-        Meta(description="the authors' settings for full fine-tunes, vision LoRA, or LLaVA LoRA: a named set of these options"),
+        Meta(
+            description="the authors' settings for full fine-tunes, vision LoRA, or LLaVA LoRA: a named set of these options"
+        ),
     ] = None
     rank: Annotated[
         Rank | list[Rank] | None,
@@ -80,9 +90,9 @@ class DCMerge(Method):
     tau: Annotated[
         Fraction | None, Meta(description="interpolate smoothing, required there: 1 none, 0 average (eq. 41)")
     ] = None
-    aggregate: Annotated[
-        Literal["ties", "sum", "mean"], Meta(description="of the cores M_i in the cover space")
-    ] = "ties"
+    aggregate: Annotated[Literal["ties", "sum", "mean"], Meta(description="of the cores M_i in the cover space")] = (
+        "ties"
+    )
     keep: Annotated[
         PositiveFraction | None,
         Meta(
@@ -126,7 +136,9 @@ class DCMerge(Method):
 
     def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
         if isinstance(self.rank, list) and len(self.rank) != num_tasks:
-            raise OptionError(f"rank has {len(self.rank)} entries for {num_tasks} tasks; give one number, or one per task")
+            raise OptionError(
+                f"rank has {len(self.rank)} entries for {num_tasks} tasks; give one number, or one per task"
+            )
         q = min(specs[0].shape[-2:])
         for spec, rank in zip(specs, self._asked(specs), strict=True):
             # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
@@ -140,10 +152,8 @@ class DCMerge(Method):
             return None
         dense = sum(spec.rank is None for spec in specs)
         lora = sum(min(spec.rank, q) for spec in specs if spec.rank is not None)
-        if dense == len(specs):
-            dense_rank = int(q * (1 / num_tasks))  # as the authors write it: a float product, truncated
-        else:
-            dense_rank = int((q - lora) / dense) if dense else 0
+        # All dense: as the authors write it, a float product, truncated.
+        dense_rank = int(q * (1 / num_tasks)) if dense == len(specs) else int((q - lora) / max(dense, 1))
         ranks = []
         for spec, asked in zip(specs, self._asked(specs), strict=True):
             if spec.rank is None:
@@ -153,6 +163,10 @@ class DCMerge(Method):
             else:
                 ranks.append(min(asked or q, spec.rank, q))
         return ranks
+
+    def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
+        ranks = self.ranks(specs, num_tasks)
+        return super().merged_rank(specs, num_tasks) if ranks is None else sum(ranks)
 
     def merge(self, updates: Updates, ctx: Context) -> Update:
         ranks = self.ranks(updates.specs, ctx.num_tasks)
@@ -193,7 +207,7 @@ class DCMerge(Method):
             cover_u=_basis_facts(values_u, live),
             cover_v=_basis_facts(values_v, live),
         )
-        columns = cover_u.split(sizes, dim=-1)
+        columns = torch.split(cover_u, sizes, dim=-1)
         left = torch.cat([c @ block for c, block in zip(columns, blocks, strict=True)], dim=-1)
         if updates.all_lowrank:
             return LowRank(left, cover_v.mT).to(updates.dtype)
@@ -208,7 +222,9 @@ class DCMerge(Method):
             U, S, Vh = truncated_svd(updates[i], rank, accuracy=self.accuracy, seed=self.seed + i)
             # a copy: a view would keep the full decomposition alive
             U, S, Vh = (x.to(dtype).clone(memory_format=torch.contiguous_format) for x in (U, S, Vh))
-            S = smooth_energy(S, smoothing, rho=5.0 if self.rho is None else self.rho, tau=1.0 if self.tau is None else self.tau)
+            S = smooth_energy(
+                S, smoothing, rho=5.0 if self.rho is None else self.rho, tau=1.0 if self.tau is None else self.tau
+            )
             result.append(Components(U, S, Vh))
         return result
 
@@ -267,8 +283,8 @@ class _Cores:
 
     def __init__(self, root_u: Tensor, root_v: Tensor, spectra: Sequence[Tensor]) -> None:
         slots = [S.shape[-1] for S in spectra]
-        self.lefts = [u * S[..., None, :] for u, S in zip(root_u.split(slots, dim=-1), spectra, strict=True)]
-        self.rights = [v.mT for v in root_v.split(slots, dim=-1)]
+        self.lefts = [u * S[..., None, :] for u, S in zip(torch.split(root_u, slots, dim=-1), spectra, strict=True)]
+        self.rights = [v.mT for v in torch.split(root_v, slots, dim=-1)]
         self.nbytes = len(spectra) * root_u.numel() * root_u.element_size()
 
     def __len__(self) -> int:
@@ -314,7 +330,9 @@ def _sum_blocks(cores: _Cores, sizes: Sequence[int]) -> list[Tensor]:
     total: list[Tensor] | None = None
     for i in range(len(cores)):
         blocks = _diagonal_blocks(cores[i], sizes)
-        total = [b.clone() for b in blocks] if total is None else [t.add_(b) for t, b in zip(total, blocks, strict=True)]
+        total = (
+            [b.clone() for b in blocks] if total is None else [t.add_(b) for t, b in zip(total, blocks, strict=True)]
+        )
     assert total is not None
     return total
 
@@ -332,6 +350,4 @@ def _basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
 
 def _zero(updates: Updates) -> Update:
     *leading, m, n = updates.shape
-    return LowRank(
-        torch.zeros(*leading, m, 0, dtype=updates.dtype), torch.zeros(*leading, 0, n, dtype=updates.dtype)
-    )
+    return LowRank(torch.zeros(*leading, m, 0, dtype=updates.dtype), torch.zeros(*leading, 0, n, dtype=updates.dtype))

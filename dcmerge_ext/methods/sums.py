@@ -17,7 +17,9 @@ def sum_updates(updates: Updates) -> Update:
             continue
         update = updates[i]
         if total is None:
-            total = update.dense().to(updates.dtype) if isinstance(update, LowRank) else update.to(updates.dtype, copy=True)
+            total = (
+                update.dense().to(updates.dtype) if isinstance(update, LowRank) else update.to(updates.dtype, copy=True)
+            )
         elif isinstance(update, LowRank):
             total += update.dense()
         else:

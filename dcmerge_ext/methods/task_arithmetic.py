@@ -8,7 +8,7 @@ from dcmerge_ext.methods.sums import sum_updates
 from dcmerge_ext.updates import Updates
 
 
-class TaskArithmetic(Method):
+class TaskArithmetic(Method, frozen=True):
     """Sum of the updates (task vectors), sum_i Delta_i, usually added with a scale well below 1.
 
     Source: Editing Models with Task Arithmetic (Ilharco et al., arXiv 2212.04089), section 2. Default scale 0.3, the

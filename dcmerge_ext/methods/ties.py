@@ -40,7 +40,7 @@ class _Elected:
     sign: int
 
 
-class Ties(Method):
+class Ties(Method, frozen=True):
     """Trim each task vector, elect a sign per element, average the entries that agree (TIES-Merging).
 
     Source: Yadav et al., arXiv 2306.01708, section 4, with the rules of the published code: the whole model is one
@@ -58,7 +58,8 @@ class Ties(Method):
     elementwise = True
 
     keep: Annotated[
-        float, Meta(gt=0, le=1, description="fraction of each task vector that survives trimming; the paper's default is 0.2")
+        float,
+        Meta(gt=0, le=1, description="fraction of each task vector that survives trimming; the paper's default is 0.2"),
     ] = 0.2
     disjoint: Annotated[
         Literal["mean", "sum"], Meta(description="merge of the agreeing entries; the paper's is the mean")
@@ -86,7 +87,11 @@ class Ties(Method):
                     state.histograms[i][0] += _numel(spec.shape)
                 continue
             ops.magnitude_histogram(
-                _dense(updates[i]).to(state.dtype), state.histograms[i], shift=shift, width=width, prefix=state.prefixes[i]
+                _dense(updates[i]).to(state.dtype),
+                state.histograms[i],
+                shift=shift,
+                width=width,
+                prefix=state.prefixes[i],
             )
 
     def finish(self, state: _Selection | _Majority) -> _Selection | _Majority | _Elected:

@@ -1,0 +1,5 @@
+"""``python -m dcmerge_ext``: the command line."""
+
+from dcmerge_ext.cli import entry
+
+entry()

@@ -1,0 +1,106 @@
+"""What a user asks for: one typed structure behind the command line, YAML files and Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+from dcmerge_ext.errors import InputError, OptionError
+from dcmerge_ext.methods.base import nearest
+
+Action = Literal["copy", "mean", "merge"]
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Override(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to do differently for the tensors whose whole name matches; the first match wins."""
+
+    match: str
+    method: str | None = None
+    action: Action | None = None
+    scale: float | None = None
+    options: dict[str, Any] = {}
+
+
+class MergeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A merge, completely. Keys of a YAML file are these fields."""
+
+    tasks: Annotated[list[str], msgspec.Meta(min_length=1)]
+    out: str
+    base: str | None = None
+    method: str = "dc_merge"
+    scale: float | None = None
+    weights: list[float] | None = None
+    options: dict[str, Any] = {}
+    overrides: list[Override] = []
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    save_as: Literal["full", "adapter"] | None = None
+    adapter_rank: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    shard_size: str | int = "5GB"
+    vocab: Literal["error", "base", "skip"] = "error"
+    extra: Literal["error", "ignore"] = "error"
+    lora_scale: Literal["apply", "ignore"] | None = None
+    overwrite: bool = False
+
+    @property
+    def shard_bytes(self) -> int:
+        return parse_size(self.shard_size)
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes from ``5GB``, ``512MiB`` or a number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(size), re.IGNORECASE)
+    unit = match[2].upper() if match else ""
+    factor = _UNITS.get(unit if unit.endswith("B") or not unit else unit + "B")
+    if match is None or factor is None or float(match[1]) * factor < 1:
+        raise OptionError(f"shard_size: {size!r} is not a size; write 5GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * factor)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a YAML configuration file, checked by :func:`build_config` together with the command line."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: needs a mapping of keys such as base, tasks, out; holds a {type(content).__name__}")
+    return content
+
+
+def build_config(values: Mapping[str, Any], where: str = "configuration") -> MergeConfig:
+    """Validate names and types.
+
+    Raises:
+        OptionError: an unknown key (the nearest is suggested), a wrong type, a pattern that is no regular expression.
+    """
+    known = [f.name for f in msgspec.structs.fields(MergeConfig)]
+    for key in values:
+        if key not in known:
+            raise OptionError(f"{where}: unknown key {key!r}{nearest(str(key), known)} (known: {', '.join(known)})")
+    for required in ("tasks", "out"):
+        if values.get(required) is None:
+            raise OptionError(
+                f"{where}: {required} is missing; name {'the tasks to merge' if required == 'tasks' else 'the output directory'}"
+            )
+    try:
+        config = msgspec.convert(dict(values), MergeConfig)
+    except msgspec.ValidationError as error:
+        raise OptionError(f"{where}: {error}") from error
+    for override in config.overrides:
+        try:
+            re.compile(override.match)
+        except re.error as error:
+            raise OptionError(
+                f"{where}: override pattern {override.match!r} is not a regular expression ({error})"
+            ) from error
+    _ = config.shard_bytes
+    return config

@@ -1,0 +1,212 @@
+"""Carry out a plan, one tensor (or one row panel) at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
+from dcmerge_ext.checkpoints.tasks import Task
+from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
+from dcmerge_ext.lowrank import LowRank, Update
+from dcmerge_ext.methods.base import Context, Method, survey_model
+from dcmerge_ext.updates import Updates, count_nonfinite
+
+Advance = Callable[[int], None]
+"""Told how many bytes of the base's tensors were just worked through."""
+Sink = Callable[[slice | None, Tensor, Update, dict[str, Any]], None]
+Store = Callable[[str, slice | None, Tensor], None]
+
+
+@dataclass
+class TensorResult:
+    """What happened to one tensor."""
+
+    name: str
+    action: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Executor:
+    """Merges the tensors of a plan; surveys of whole-model methods run first, when they are needed."""
+
+    def __init__(self, plan: Plan, device: torch.device, advance: Advance = lambda _: None) -> None:
+        self.plan = plan
+        self.device = device
+        self.base_digest = xxhash.xxh3_128()
+        self.task_digests = [xxhash.xxh3_128() for _ in plan.tasks]
+        self._advance = advance
+        self._states: dict[Method, Any] = {}
+
+    def merge(self, tensor: TensorPlan, sink: Sink, *, whole: bool = False) -> TensorResult:
+        """Merge a tensor; ``sink`` receives each panel: rows, the base's stored values, the merged update, facts.
+
+        ``whole``: one panel, even where the method works element by element.
+        """
+        assert tensor.method is not None
+        state = self._state(tensor.method)
+        result = TensorResult(tensor.name, tensor.action)
+        started = time.perf_counter()
+        for rows in [None] if whole else tensor.panels():
+            norms = [0.0] * self.plan.num_tasks
+            base = self.plan.base.read(tensor.name, rows)
+            _digest(self.base_digest, base)
+            updates = _load(self.plan, tensor, rows, base, self.device, norms, self.task_digests)
+            context = Context(self.plan.num_tasks, tensor.name, state, result.facts)
+            try:
+                merged = tensor.method.merge(updates, context)
+            except (ConvergenceError, OptionError) as error:
+                raise type(error)(f"tensor {tensor.name!r}: {error}") from error
+            _accumulate(result.facts, "update_norms", norms)
+            _accumulate(result.facts, "merged_norm", [_norm(merged)])
+            sink(rows, base, merged, result.facts)
+            self._advance(base.nbytes)
+        result.seconds = time.perf_counter() - started
+        return result
+
+    def write(self, tensor: TensorPlan, store: Store) -> TensorResult:
+        """Give ``store`` the tensor as it is stored, base + scale * merged cast once, panel by panel."""
+        if tensor.action != "copy":
+            return self.merge(
+                tensor,
+                lambda rows, base, merged, facts: store(tensor.name, rows, add_update(base, merged, tensor, facts)),
+            )
+        for rows in tensor.panels():
+            base = self.plan.base.read(tensor.name, rows)
+            _digest(self.base_digest, base)
+            store(tensor.name, rows, base.to(tensor.out_dtype))
+            self._advance(base.nbytes)
+        return TensorResult(tensor.name, tensor.action)
+
+    def _state(self, method: Method) -> Any:
+        """Result of the surveys of a whole-model method over every tensor it merges."""
+        if method.scope != "model":
+            return None
+        if method not in self._states:
+            tensors = [t for t in self.plan.tensors if t.action == "merge" and t.method == method]
+
+            def visit(see: Callable[[str, Updates], None]) -> None:
+                for tensor in tensors:
+                    for rows in tensor.panels():
+                        base = self.plan.base.read(tensor.name, rows)
+                        see(tensor.name, _load(self.plan, tensor, rows, base, self.device))
+                        self._advance(base.nbytes)
+
+            self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
+        return self._states[method]
+
+
+def work_bytes(plan: Plan) -> int:
+    """What an executor reports to ``advance`` in total."""
+    total = sum(t.base.nbytes for t in plan.tensors)
+    for method in {t.method for t in plan.tensors if t.method is not None and t.method.scope == "model"}:
+        tensors = [t for t in plan.tensors if t.action == "merge" and t.method == method]
+        total += method.num_surveys(survey_dtype(tensors)) * sum(t.base.nbytes for t in tensors)
+    return total
+
+
+def add_update(base: Tensor, merged: Update, tensor: TensorPlan, facts: dict[str, Any]) -> Tensor:
+    """base + scale * merged in the compute dtype, cast once; the base's own bits where nothing changes."""
+    if _is_zero(merged):
+        return base.to(tensor.out_dtype)
+    dense = merged.dense() if isinstance(merged, LowRank) else merged
+    dense = dense.reshape(base.shape)
+    exact = dense.mul_(tensor.scale).cpu()
+    change = float(torch.linalg.vector_norm(exact)) if tensor.out_dtype.itemsize < exact.dtype.itemsize else None
+    exact += base.to(exact.dtype)
+    stored = exact.to(tensor.out_dtype)
+    if change is not None:
+        _accumulate(facts, "rounding_norm", [float(torch.linalg.vector_norm(exact.sub_(stored)))])
+        _accumulate(facts, "change_norm", [change])
+        _accumulate(facts, "base_norm", [float(torch.linalg.vector_norm(base, dtype=exact.dtype))])
+    return stored
+
+
+def _load(
+    plan: Plan,
+    tensor: TensorPlan,
+    rows: slice | None,
+    base: Tensor,
+    device: torch.device,
+    norms: list[float] | None = None,
+    digests: list[xxhash.xxh3_128] | None = None,
+) -> Updates:
+    """The updates of (a panel of) a tensor, read when a method asks for them; finite or refused by name."""
+    on_device = base.to(device)
+    shape = tuple(base.shape) if tensor.matrix_shape is None else tensor.matrix_shape
+    specs = [spec._replace(shape=shape) for spec in tensor.specs]
+
+    def load(i: int) -> Update:
+        task, spec = plan.tasks[i], specs[i]
+        if spec.rank == 0:
+            empty = torch.zeros(*shape[:-1], 0, dtype=spec.dtype, device=device)
+            return LowRank(empty, torch.zeros(*shape[:-2], 0, shape[-1], dtype=spec.dtype, device=device))
+        update = task.update(tensor.name, on_device, rows)
+        update = update.to(device) if isinstance(update, LowRank) else update.to(device).reshape(shape)
+        norm = _norm(update)
+        if not math.isfinite(norm):
+            _refuse_nonfinite(task, tensor.name, plan, rows, update)
+        if norms is not None:
+            norms[i] = norm
+        if digests is not None:
+            for raw in task.raw(tensor.name, rows):
+                _digest(digests[i], raw)
+        return update * plan.weights[i] if plan.weights[i] != 1 else update
+
+    return Updates(specs, load)
+
+
+def _refuse_nonfinite(task: Task, name: str, plan: Plan, rows: slice | None, update: Update) -> None:
+    """Name the model that holds the NaN or Inf, looking at the stored tensors."""
+    base = plan.base.read(name)
+    if bad := count_nonfinite(base):
+        raise InputError(f"{plan.base.where(name)}: tensor {name!r} of the base holds {bad} NaN or Inf values")
+    bad = sum(count_nonfinite(raw) for raw in task.raw(name, None))
+    if bad:
+        raise InputError(
+            f"{task.where(name)}: tensor {name!r} holds {bad} NaN or Inf values; repair the model or leave it out"
+        )
+    raise InputError(f"{task.where(name)}: the update of tensor {name!r} overflows {update.dtype}")
+
+
+def _norm(update: Update) -> float:
+    """Frobenius norm; not finite exactly if some value is not (or the sum of squares overflows double)."""
+    if isinstance(update, LowRank):
+        if update.rank == 0:
+            return 0.0
+        left, right = update.left.double(), update.right.double()
+        return (
+            math.sqrt(max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum())))
+            if _finite(left, right)
+            else math.nan
+        )
+    norm = float(torch.linalg.vector_norm(update))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(update, dtype=torch.float64))
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def _is_zero(update: Update) -> bool:
+    if isinstance(update, LowRank):
+        return update.rank == 0 or not bool(update.left.any()) or not bool(update.right.any())
+    return not bool(update.any())
+
+
+def _accumulate(facts: dict[str, Any], name: str, norms: list[float]) -> None:
+    """Norms of a tensor from norms of its panels."""
+    before = facts.get(name, [0.0] * len(norms))
+    facts[name] = [math.hypot(a, b) for a, b in zip(before, norms, strict=True)]
+
+
+def _digest(digest: xxhash.xxh3_128, tensor: Tensor) -> None:
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,88 @@
+"""A merged model as a Hugging Face directory: sharded safetensors with an index, and the files beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from dcmerge_ext.checkpoints.execute import Executor, TensorResult
+from dcmerge_ext.checkpoints.files import read_json
+from dcmerge_ext.checkpoints.plan import Plan
+from dcmerge_ext.checkpoints.safetensors_writer import SafetensorsWriter
+from dcmerge_ext.checkpoints.source import TensorSpec
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".ckpt"}
+_LEFT_OUT = {"README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "dcmerge.json"}
+_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab"}
+
+
+def output_specs(plan: Plan) -> dict[str, TensorSpec]:
+    return {t.name: TensorSpec(t.base.shape, t.out_dtype) for t in plan.tensors}
+
+
+def shard_layout(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str, dict[str, TensorSpec]]:
+    """File name -> its tensors, in name order; a tensor larger than a shard gets a file of its own."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    used = 0
+    for name in sorted(specs):
+        if shards[-1] and used + specs[name].nbytes > shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = specs[name]
+        used += specs[name].nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_model(executor: Executor, directory: Path, shard_bytes: int) -> list[TensorResult]:
+    """Merge every tensor into its place. Returns what happened to each."""
+    layout = shard_layout(output_specs(executor.plan), shard_bytes)
+    with ExitStack() as stack:
+        writers: dict[str, SafetensorsWriter] = {}
+        for file, specs in layout.items():
+            writer = stack.enter_context(SafetensorsWriter(directory / file, specs))
+            writers.update(dict.fromkeys(specs, writer))
+        results = [executor.write(tensor, writers[tensor.name].write) for tensor in executor.plan.tensors]
+    if len(layout) > 1:
+        index = {
+            "metadata": {"total_size": sum(s.nbytes for specs in layout.values() for s in specs.values())},
+            "weight_map": {name: file for file, specs in layout.items() for name in specs},
+        }
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return results
+
+
+def copy_side_files(base: Path, directory: Path, dtype: torch.dtype | None) -> None:
+    """Configuration, generation configuration, tokenizer, chat template, custom code: all but weights and leftovers.
+
+    ``dtype``: what the weights were converted to, noted in the configuration; None where it was kept.
+    """
+    if not base.is_dir():
+        return
+    for source in sorted(base.rglob("*")):
+        relative = source.relative_to(base)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        wanted = source.suffix in _COPIED_SUFFIXES and source.suffix not in _WEIGHT_SUFFIXES
+        if (
+            hidden
+            or not wanted
+            or source.name in _LEFT_OUT
+            or source.name.endswith(".index.json")
+            or not source.is_file()
+        ):
+            continue
+        target = directory / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    config_path = directory / "config.json"
+    if dtype is not None and config_path.exists():
+        config = read_json(config_path)
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        config_path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""The output directory: nothing stands under its final name until it is complete."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dcmerge_ext.errors import InputError, RunError
+
+RECORD_NAME = "dcmerge.json"
+
+
+def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Raise InputError where the output directory may not be written."""
+    partial = partial_of(out)
+    resolved = out.resolve()
+    for path in inputs:
+        if resolved == path.resolve() or resolved in path.resolve().parents:
+            raise InputError(f"{out}: is, or holds, the input {path}; choose another output directory")
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise InputError(f"{out}: exists already; choose another output directory or pass --overwrite")
+        if not (out.is_dir() and ((out / RECORD_NAME).exists() or not any(out.iterdir()))):
+            raise InputError(f"{out}: is not the output of an earlier merge (no {RECORD_NAME}); --overwrite refuses it")
+    if partial.exists() and not overwrite:
+        raise InputError(
+            f"{partial}: left by a run that was killed, or in use by another; delete it or pass --overwrite"
+        )
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{out}: {parent} is not a directory")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise InputError where the file system has no room for ``needed`` bytes."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"{out}: needs {needed / 1e9:.2f} GB, the file system has {free / 1e9:.2f} GB free")
+
+
+@contextmanager
+def work_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """``OUT.partial`` to write into; renamed to OUT on success, removed otherwise.
+
+    Raises:
+        InputError: the directory cannot be made.   RunError: writing failed (disk full, device gone).
+    """
+    partial = partial_of(out)
+    try:
+        if overwrite and partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be made ({error.strerror or error})") from error
+    try:
+        yield partial
+        _replace(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"{out}: writing failed ({error.strerror or error}); nothing was left behind. Free space or choose another place"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_of(out: Path) -> Path:
+    return out.absolute().with_name(out.absolute().name + ".partial")
+
+
+def _replace(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(out.name + ".replaced")
+    out.rename(old)  # the earlier output survives until the new one stands
+    partial.rename(out)
+    shutil.rmtree(old)

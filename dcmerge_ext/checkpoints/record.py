@@ -1,0 +1,165 @@
+"""What a run leaves beside the weights: a machine-readable record, timings, and a short model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from dcmerge_ext.backends import backends
+from dcmerge_ext.checkpoints.adapter import is_adapter
+from dcmerge_ext.checkpoints.config import MergeConfig
+from dcmerge_ext.checkpoints.execute import Executor, TensorResult
+from dcmerge_ext.checkpoints.output import RECORD_NAME
+from dcmerge_ext.checkpoints.plan import Plan
+from dcmerge_ext.methods.base import list_methods
+
+TIMINGS_NAME = "dcmerge_timings.json"
+
+
+def make_record(plan: Plan, config: MergeConfig, executor: Executor, results: Sequence[TensorResult]) -> dict[str, Any]:
+    """The record of a run. Holds no times: runs on the same inputs compare equal."""
+    tensors = {t.name: t for t in plan.tensors}
+    method = plan.method
+    return {
+        "versions": {
+            "dcmerge_ext": version("dcmerge-ext"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "backends": {name: text.split(":", 1)[0] for name, text in backends().items()},
+        "device": str(executor.device),
+        "method": method.name,
+        "paper": method.paper,
+        "options": msgspec.to_builtins(method),
+        "scale": plan.scale,
+        "weights": list(plan.weights),
+        "config": msgspec.to_builtins(config),
+        "base": None if config.base is None else {"path": config.base, "content": executor.base_digest.hexdigest()},
+        "tasks": [
+            {"path": path, "kind": "adapter" if is_adapter(Path(task.label)) else "full", "content": digest.hexdigest()}
+            for path, task, digest in zip(config.tasks, plan.tasks, executor.task_digests, strict=True)
+        ],
+        "content_is": "xxh3-128 of the stored bytes of every tensor read for the merge, in the order of `tensors`",
+        "tensors": [
+            {
+                "name": r.name,
+                "shape": list(tensors[r.name].base.shape),
+                "dtype": str(tensors[r.name].out_dtype).removeprefix("torch."),
+                "action": r.action,
+                **({"reason": tensors[r.name].reason} if tensors[r.name].reason else {}),
+                **(
+                    {}
+                    if r.action == "copy"
+                    else {"scale": tensors[r.name].scale, **_method_of(plan, r.name), **r.facts}
+                ),
+            }
+            for r in results
+        ],
+        "rounding": rounding(plan, results),
+        "warnings": [*plan.notes, *rounding_warnings(plan, results)],
+    }
+
+
+def rounding(plan: Plan, results: Sequence[TensorResult]) -> dict[str, Any]:
+    """What half-precision storage costs: the part of the change lost, and how near each task's update is to the
+    rounding floor of its own storage."""
+    stored = [r for r in results if "change_norm" in r.facts]
+    if not stored:
+        return {}
+    total = {
+        key: sqrt(sum(r.facts[key][0] ** 2 for r in stored)) for key in ("rounding_norm", "change_norm", "base_norm")
+    }
+    tensors = {t.name: t for t in plan.tensors}
+    floor = sqrt(sum((_floor(tensors[r.name].base.dtype) * r.facts["base_norm"][0]) ** 2 for r in stored))
+    updates = [sqrt(sum(r.facts["update_norms"][i] ** 2 for r in stored)) for i in range(plan.num_tasks)]
+    return {
+        "fraction_of_change_lost": total["rounding_norm"] / total["change_norm"] if total["change_norm"] else 0.0,
+        "update_over_rounding_floor": [u / floor if floor else None for u in updates],
+    }
+
+
+def rounding_warnings(plan: Plan, results: Sequence[TensorResult]) -> list[str]:
+    facts = rounding(plan, results)
+    if not facts:
+        return []
+    warnings = []
+    if facts["fraction_of_change_lost"] > 0.1:
+        warnings.append(
+            f"{facts['fraction_of_change_lost']:.0%} of the merged change is lost to rounding in half precision; "
+            "pass --dtype float32 to keep it"
+        )
+    for task, ratio in zip(plan.tasks, facts["update_over_rounding_floor"], strict=True):
+        if ratio is not None and 0 < ratio < 2:
+            warnings.append(
+                f"{task.label}: its update is only {ratio:.1f} times the rounding floor of its half-precision storage; "
+                "much of it is noise"
+            )
+    return warnings
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Root mean square of relative rounding errors: uniform within half a unit in the last place, mean over a binade."""
+    return 0.0 if dtype.itemsize >= 4 else float(torch.finfo(dtype).eps) * 0.2
+
+
+def _method_of(plan: Plan, name: str) -> dict[str, Any]:
+    method = next(t.method for t in plan.tensors if t.name == name)
+    return {} if method is None or method == plan.method else {"method": method.name}
+
+
+def write_record(directory: Path, record: dict[str, Any], results: Sequence[TensorResult], seconds: float) -> None:
+    (directory / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+    timings = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 3),
+        "threads": torch.get_num_threads(),
+        "tensors": {r.name: round(r.seconds, 6) for r in results},
+    }
+    (directory / TIMINGS_NAME).write_text(json.dumps(timings, indent=1) + "\n")
+    (directory / "README.md").write_text(model_card(record))
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Markdown with the front matter that model hubs read."""
+    config = record["config"]
+    options = {k: v for k, v in record["options"].items() if v is not None}
+    tasks = "\n".join(
+        f"| {task['path']} | {task['kind']} | {weight:g} |"
+        for task, weight in zip(record["tasks"], record["weights"], strict=True)
+    )
+    kind = "adapter" if config["save_as"] == "adapter" else "model"
+    command = ["dcmerge", "merge", *(["--base", config["base"]] if config["base"] else [])]
+    for task in config["tasks"]:
+        command += ["--task", task]
+    command += ["--method", record["method"], "--scale", f"{record['scale']:g}", "--out", config["out"]]
+    title = list_methods()[record["method"]].name
+    return f"""---
+library_name: {"peft" if kind == "adapter" else "transformers"}
+tags:
+- merge
+- dcmerge
+---
+# Merged {kind}
+
+Made without training by `{title}` ({record["paper"]}) at scale {record["scale"]:g}, with dcmerge_ext {record["versions"]["dcmerge_ext"]}.
+
+Base: {config["base"] or "none needed: the adapters were merged among themselves"}
+
+| task | kind | weight |
+|---|---|---|
+{tasks}
+
+Options: {", ".join(f"{k}={v}" for k, v in options.items()) or "none"}. Per-tensor facts are in `{RECORD_NAME}`.
+
+    {shlex.join(command)}
+"""

@@ -1,0 +1,227 @@
+"""The main job: checkpoints in, one merged checkpoint or adapter out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from dcmerge_ext.checkpoints.adapter import Adapter, is_adapter
+from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
+from dcmerge_ext.checkpoints.config import MergeConfig, build_config
+from dcmerge_ext.checkpoints.execute import Executor, work_bytes
+from dcmerge_ext.checkpoints.locate import locate
+from dcmerge_ext.checkpoints.model import ModelFiles
+from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, write_model
+from dcmerge_ext.checkpoints.output import check_output, check_space, work_directory
+from dcmerge_ext.checkpoints.plan import Plan, make_plan
+from dcmerge_ext.checkpoints.record import make_record, write_record
+from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
+from dcmerge_ext.checkpoints.tasks import AdapterTask, FullTask, Task
+from dcmerge_ext.checkpoints.virtual_base import VirtualBase
+from dcmerge_ext.errors import InputError, OptionError
+from dcmerge_ext.methods.base import list_methods, preset_of
+
+logger = logging.getLogger(__name__)
+
+_METADATA_BYTES = 16 << 20
+"""Room for headers, configuration, tokenizer and record when free space is checked."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that has passed every check headers allow."""
+
+    config: MergeConfig
+    plan: Plan
+    save_as: str
+    adapter: AdapterOutput | None
+    base_path: Path | None
+
+    @property
+    def output_bytes(self) -> int:
+        specs: Mapping[str, TensorSpec] = self.adapter.specs() if self.adapter else output_specs(self.plan)
+        return sum(spec.nbytes for spec in specs.values())
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. ``record`` is the content of ``dcmerge.json``."""
+
+    out: Path
+    seconds: float
+    record: dict[str, Any]
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self.record["warnings"])
+
+
+def prepare(config: MergeConfig) -> Prepared:
+    """Open every input (headers only), plan, and check the output place. Writes nothing.
+
+    Raises:
+        InputError: any problem that headers or options show.
+    """
+    lora_scale = _lora_scale(config)
+    paths = [locate(task) for task in config.tasks]
+    base_path = None if config.base is None else locate(config.base)
+    check_output(Path(config.out), [*paths, *([base_path] if base_path else [])], config.overwrite)
+    save_as = config.save_as or ("adapter" if base_path is None else "full")
+    adapters = {path: Adapter(path, lora_scale=lora_scale) for path in dict.fromkeys(paths) if is_adapter(path)}
+    _check_bases([adapters[path] for path in paths if path in adapters])
+    if base_path is None:
+        full = next((path for path in paths if path not in adapters), None)
+        if full is not None or save_as == "full":
+            why = f"{full} is a full model" if full is not None else "--save-as full writes a whole model"
+            raise InputError(f"--base is missing: {why}; only adapters merge into an adapter without it")
+        base: TensorSource = VirtualBase([adapters[path] for path in paths])
+    else:
+        if is_adapter(base_path):
+            raise InputError(f"{base_path}: is an adapter; --base needs the model the tasks were fine-tuned from")
+        base = ModelFiles(base_path)
+    tasks: list[Task] = [
+        AdapterTask(adapters[path], base) if path in adapters else FullTask(ModelFiles(path), base) for path in paths
+    ]
+    plan = make_plan(base, tasks, config, with_base=base_path is not None)
+    adapter = AdapterOutput(plan, config.adapter_rank) if save_as == "adapter" else None
+    if save_as == "full" and config.adapter_rank is not None:
+        raise OptionError("adapter_rank belongs to --save-as adapter")
+    return Prepared(config, plan, save_as, adapter, base_path)
+
+
+def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> MergeReport:
+    """Carry out a prepared merge. ``advance`` is told bytes worked through, :func:`work_bytes` in total.
+
+    Raises:
+        InputError: data that headers could not show (NaN); nothing is left.   RunError: writing failed.
+    """
+    config, out = prepared.config, Path(prepared.config.out)
+    started = time.perf_counter()
+    check_space(out, prepared.output_bytes + _METADATA_BYTES)
+    executor = Executor(prepared.plan, _device(config.device), advance)
+    with work_directory(out, config.overwrite) as directory:
+        if prepared.adapter is not None:
+            results = prepared.adapter.write(executor, directory)
+        else:
+            results = write_model(executor, directory, config.shard_bytes)
+            assert prepared.base_path is not None
+            converted = None if config.dtype == "keep" else getattr(torch, config.dtype)
+            copy_side_files(prepared.base_path, directory, converted)
+        config = msgspec.structs.replace(config, save_as=prepared.save_as)
+        record = make_record(prepared.plan, config, executor, results)
+        seconds = time.perf_counter() - started
+        write_record(directory, record, results, seconds)
+    for warning in record["warnings"]:
+        logger.warning("%s", warning)
+    return MergeReport(out, seconds, record)
+
+
+def merge_checkpoints(
+    base: str | Path | None,
+    tasks: Sequence[str | Path],
+    out: str | Path,
+    method: str = "dc_merge",
+    scale: float | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    overrides: Sequence[Mapping[str, Any]] = (),
+    device: str = "auto",
+    dtype: str = "keep",
+    save_as: str | None = None,
+    adapter_rank: int | None = None,
+    shard_size: str | int = "5GB",
+    vocab: str = "error",
+    extra: str = "error",
+    lora_scale: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> MergeReport:
+    """Merge checkpoints on disk into one, with the memory of a few tensors.
+
+    Args:
+        base: the model all tasks were fine-tuned from: a Hugging Face directory (single or sharded safetensors, or
+            ``.bin``), a weight file, or a Hub id. None when only adapters are merged into an adapter.
+        tasks: full fine-tuned models and PEFT LoRA adapter directories, freely mixed.
+        out: output directory; must not exist (see ``overwrite``). Nothing stands there until the merge is complete.
+        method: a name from :func:`dcmerge_ext.list_methods`.
+        scale: coefficient of the merged update; None is the method's default.
+        weights: one factor per task, default 1.
+        overrides: per-tensor exceptions, each a mapping with ``match`` (a regular expression for the whole name) and
+            ``action`` ("copy", "mean", "merge"), ``method``, ``scale`` or ``options``; the first match wins.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: of the output's floating tensors: "keep", "float32", "bfloat16" or "float16".
+        save_as: "full" or "adapter"; None is "full" with a base and "adapter" without.
+        adapter_rank: truncate the merged adapter to this rank.
+        shard_size: of the output's files, such as "5GB".
+        vocab: embeddings whose vocabulary differs from the base's: "error", "base" (keep the base's tensor) or "skip"
+            (leave that task out of the tensor).
+        extra: tensors that the base does not have: "error" or "ignore".
+        lora_scale: "apply" lora_alpha / r, or "ignore" it as some published code does; None is the preset's, or "apply".
+        overwrite: replace the output of an earlier merge.
+        options: of the method.
+    Returns:
+        MergeReport with the record that is also written to ``dcmerge.json``.
+    Raises:
+        InputError: wrong inputs or options, naming file and tensor; nothing was written.   RunError: writing failed.
+    """
+    values = {
+        "base": None if base is None else str(base),
+        "tasks": [str(task) for task in tasks],
+        "out": str(out),
+        "method": method,
+        "scale": scale,
+        "weights": None if weights is None else [float(w) for w in weights],
+        "overrides": [dict(o) for o in overrides],
+        "device": device,
+        "dtype": dtype,
+        "save_as": save_as,
+        "adapter_rank": adapter_rank,
+        "shard_size": shard_size,
+        "vocab": vocab,
+        "extra": extra,
+        "lora_scale": lora_scale,
+        "overwrite": overwrite,
+        "options": options,
+    }
+    return run(prepare(build_config(values, "merge_checkpoints")))
+
+
+def _lora_scale(config: MergeConfig) -> Any:
+    cls = list_methods().get(config.method)
+    preset = preset_of(cls, config.options) if cls else None
+    if preset and config.lora_scale not in (None, preset.lora_scale):
+        raise OptionError(
+            f"lora_scale={config.lora_scale!r} conflicts with official={config.options['official']!r}, "
+            f"which sets lora_scale={preset.lora_scale!r}; give one of them"
+        )
+    return config.lora_scale or (preset.lora_scale if preset else "apply")
+
+
+def _check_bases(adapters: Sequence[Adapter]) -> None:
+    """Adapters that name different bases cannot be merged. Only the last part counts: paths differ between machines."""
+    named = [(adapter, adapter.base_name.rstrip("/").split("/")[-1]) for adapter in adapters if adapter.base_name]
+    for adapter, name in named:
+        first, expected = named[0]
+        if name != expected:
+            raise InputError(
+                f"{adapter.label}: trained on base {adapter.base_name!r}, but {first.label} on {first.base_name!r}; if "
+                "both are the same weights, correct base_model_name_or_path in one adapter_config.json"
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: this torch finds no CUDA device; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+__all__ = ["MergeReport", "Prepared", "merge_checkpoints", "prepare", "run", "work_bytes"]

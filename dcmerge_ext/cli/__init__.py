@@ -1,0 +1,57 @@
+"""The command line ``dcmerge``. Exit status: 0 done; 1 the inputs or options are wrong, nothing was written; 2 the
+command line cannot be parsed; 3 the run failed (disk full, device lost); 130 interrupted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from dcmerge_ext.cli.parser import build_parser
+from dcmerge_ext.errors import BackendUnavailable, DcmergeError, InputError
+
+
+def entry() -> None:
+    """The installed command."""
+    sys.exit(main())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn every error into one message and a status."""
+    args = build_parser().parse_args(arguments)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
+    package = logging.getLogger("dcmerge_ext")
+    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
+    package.addHandler(handler)
+    package.setLevel(level)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
+    try:
+        status: int = args.run(args)
+        return status
+    except (InputError, BackendUnavailable) as error:
+        errors.print(f"[bold red]error:[/] {_plain(error)}")
+        return 1
+    except DcmergeError as error:
+        errors.print(f"[bold red]failed:[/] {_plain(error)}")
+        return 3
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was left behind")
+        return 130
+    except Exception:
+        errors.print_exception()
+        errors.print("[bold red]failed:[/] an internal error; please report it with the lines above")
+        return 3
+    finally:
+        package.removeHandler(handler)
+        logging.getLogger("py.warnings").removeHandler(handler)
+        logging.captureWarnings(False)
+
+
+def _plain(error: Exception) -> str:
+    """The message with rich's markup switched off."""
+    return str(error).replace("[", "\\[")

@@ -1,0 +1,155 @@
+"""``dcmerge merge`` and ``dcmerge plan``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from dcmerge_ext.checkpoints.config import MergeConfig, build_config, read_config
+from dcmerge_ext.checkpoints.estimate import estimate
+from dcmerge_ext.checkpoints.execute import work_bytes
+from dcmerge_ext.checkpoints.run import Prepared, prepare, run
+from dcmerge_ext.errors import OptionError
+
+_FIELDS = (
+    "base", "out", "method", "scale", "device", "dtype", "save_as", "adapter_rank", "shard_size", "vocab", "extra",
+    "lora_scale", "overwrite",
+)  # fmt: skip
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return run_plan(args)
+    prepared = prepare(config_of(args))
+    for note in prepared.plan.notes:
+        Console(stderr=True, quiet=args.quiet).print(f"note: {note}", markup=False)
+    progress = Progress(
+        TextColumn("merging"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=args.quiet,
+    )
+    with progress:
+        bar = progress.add_task("merge", total=work_bytes(prepared.plan))
+        report = run(prepared, lambda done: progress.advance(bar, done))
+    counts = prepared.plan.counts()
+    Console(quiet=args.quiet, soft_wrap=True).print(
+        f"{report.out}: {_summary(prepared)} in {report.seconds:.1f} s "
+        f"({counts['merge']} tensors merged, {counts['mean']} averaged, {counts['copy']} copied)",
+        markup=False,
+        highlight=False,
+    )
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    prepared = prepare(config_of(args))
+    if args.quiet:
+        return 0
+    plan = prepared.plan
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{_summary(prepared)} -> {prepared.config.out}", markup=False)
+    if args.verbose:
+        console.print(_tensor_table(prepared))
+    table = Table("action", "tensors", "size", "why")
+    for action in ("merge", "mean", "copy"):
+        chosen = [t for t in plan.tensors if t.action == action]
+        why = sorted({t.reason for t in chosen if t.reason})
+        table.add_row(action, str(len(chosen)), _size(sum(t.base.nbytes for t in chosen)), "; ".join(why))
+    console.print(table)
+    cost = estimate(plan, prepared.output_bytes)
+    console.print(
+        f"reads {_size(cost.read_bytes)}, writes {_size(cost.written_bytes)}; "
+        f"about {_duration(cost.seconds)}, peak memory about {_size(cost.peak_bytes)} (estimates)"
+    )
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    return 0
+
+
+def config_of(args: argparse.Namespace) -> MergeConfig:
+    """The configuration file, if any, with what the command line gives on top."""
+    values: dict[str, Any] = read_config(Path(args.config)) if args.config else {}
+    values.update({field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None})
+    if args.tasks:
+        tasks, weights = zip(*(_task(text) for text in args.tasks), strict=True)
+        values["tasks"] = list(tasks)
+        values["weights"] = None if all(w is None for w in weights) else [1.0 if w is None else w for w in weights]
+    options = dict(values.get("options") or {})
+    for setting in args.settings or []:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise OptionError(f"--set {setting}: write KEY=VALUE")
+        try:
+            options[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise OptionError(
+                f"--set {setting}: the value is not a YAML scalar ({' '.join(str(error).split())})"
+            ) from error
+    if args.seed is not None:
+        options["seed"] = args.seed
+    if options:
+        values["options"] = options
+    return build_config(values, args.config or "command line")
+
+
+def _task(text: str) -> tuple[str, float | None]:
+    """DIR or DIR=WEIGHT; an existing path that holds a = is a path."""
+    path, separator, weight = text.rpartition("=")
+    if not separator or Path(text).exists():
+        return text, None
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, None
+    if not math.isfinite(value):
+        raise OptionError(f"--task {text}: the weight must be a finite number")
+    return path, value
+
+
+def _summary(prepared: Prepared) -> str:
+    plan = prepared.plan
+    return f"{plan.method.name} of {plan.num_tasks} tasks at scale {plan.scale:g}, saved as {prepared.save_as}"
+
+
+def _tensor_table(prepared: Prepared) -> Table:
+    table = Table("tensor", "shape", "action", "method", "scale", "rank", "why")
+    for t in prepared.plan.tensors:
+        method = "" if t.method is None or t.action == "copy" else t.method.name
+        rank = "" if t.merged_rank is None else str(t.merged_rank)
+        scale = "" if t.action == "copy" else f"{t.scale:g}"
+        table.add_row(t.name, t.base.text, t.action, method, scale, rank, t.reason)
+    return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 0.1):.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
