@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_memory.py --tasks 8 --method task_arithmetic
 
-Models: float32, two 4096 x 4096 matrices (64 MB each, the largest), the rest 1024 x 1024 matrices and vectors. Memory is
+Models: float32, one 4096 x 4096 matrix (64 MB, the largest), the rest 1024 x 1024 matrices and vectors. Memory is
 anonymous memory (RssAnon) of a fresh process, sampled while it merges, above the same process after a bare ``import
 torch``; pages of mapped input files belong to the page cache and are not counted. The yardstick copies: it reads every
 input byte and writes the output's bytes once, in 16 MB pieces, in the same directory, with a warm page cache for both.
@@ -29,8 +29,8 @@ _PIECE = 16 << 20
 def make_family(root: Path, tasks: int, gigabytes: float) -> None:
     """base/ and task0/ ... as single-file models, cheap random data with a common base."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {f"large.{i}.weight": (4096, 4096) for i in range(2)}
-    rest = int((gigabytes * 1e9 - 2 * 4096 * 4096 * 4) / (1024 * 1024 * 4))
+    shapes = {"large.weight": (4096, 4096)}
+    rest = int((gigabytes * 1e9 - 4096 * 4096 * 4) / (1024 * 1024 * 4))
     shapes |= {f"layers.{i}.weight": (1024, 1024) for i in range(rest)}
     shapes |= {f"layers.{i}.norm": (1024,) for i in range(rest)}
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}

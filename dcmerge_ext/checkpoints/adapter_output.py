@@ -137,17 +137,16 @@ class AdapterOutput:
         }
 
     def write(self, executor: Executor, directory: Path) -> list[TensorResult]:
-        results = []
+        """Merge every tensor into its place. Returns what happened to each."""
+        tensors = [t for t in self.plan.tensors if t.name in self.modules or t.name in self.values]
         with SafetensorsWriter(directory / WEIGHT_NAMES[0], self.specs()) as writer:
-            for tensor in self.plan.tensors:
+
+            def work(tensor: TensorPlan) -> TensorResult:
                 if tensor.name in self.modules:
-                    results.append(
-                        executor.merge(tensor, _store_factors(writer, self.modules[tensor.name]), whole=True)
-                    )
-                elif tensor.name in self.values:
-                    results.append(
-                        executor.write(tensor, lambda name, rows, values: writer.write(PREFIX + name, rows, values))
-                    )
+                    return executor.merge(tensor, _store_factors(writer, self.modules[tensor.name]), whole=True)
+                return executor.write(tensor, lambda name, rows, values: writer.write(PREFIX + name, rows, values))
+
+            results = executor.run(tensors, work)
         (directory / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
         return results
 

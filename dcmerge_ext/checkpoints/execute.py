@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from dcmerge_ext.methods.base import Context, Method, survey_model
 from dcmerge_ext.updates import Updates, count_nonfinite
 
 Advance = Callable[[int], None]
-"""Told how many bytes of the base's tensors were just worked through."""
+"""Told how many bytes of the base's tensors were just worked through, from any thread."""
 Sink = Callable[[slice | None, Tensor, Update, dict[str, Any]], None]
 Store = Callable[[str, slice | None, Tensor], None]
 
@@ -33,6 +34,8 @@ class TensorResult:
     action: str
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    digests: list[bytes] = field(default_factory=list)
+    """xxh3-128 of the stored bytes read: of the base, then of each task."""
 
 
 class Executor:
@@ -41,10 +44,28 @@ class Executor:
     def __init__(self, plan: Plan, device: torch.device, advance: Advance = lambda _: None) -> None:
         self.plan = plan
         self.device = device
-        self.base_digest = xxhash.xxh3_128()
-        self.task_digests = [xxhash.xxh3_128() for _ in plan.tasks]
         self._advance = advance
         self._states: dict[Method, Any] = {}
+
+    def run(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], TensorResult]) -> list[TensorResult]:
+        """Do ``work`` for every tensor; results in their order.
+
+        Tensors merged element by element go side by side, one thread each: reading, adding and writing overlap, and no
+        thread waits for another inside an operation. Matrices follow one at a time, with all threads.
+        """
+        for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
+            self._survey(method)
+        threads = torch.get_num_threads()
+        side_by_side = [t for t in tensors if t.panelled] if self.device.type == "cpu" else []
+        results: dict[str, TensorResult] = {}
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            results.update((r.name, r) for r in pool.map(work, side_by_side))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # new threads inherit the last value set anywhere
+        results.update((t.name, work(t)) for t in tensors if t.name not in results)
+        return [results[t.name] for t in tensors]
 
     def merge(self, tensor: TensorPlan, sink: Sink, *, whole: bool = False) -> TensorResult:
         """Merge a tensor; ``sink`` receives each panel: rows, the base's stored values, the merged update, facts.
@@ -52,15 +73,15 @@ class Executor:
         ``whole``: one panel, even where the method works element by element.
         """
         assert tensor.method is not None
-        state = self._state(tensor.method)
         result = TensorResult(tensor.name, tensor.action)
         started = time.perf_counter()
+        digests = [xxhash.xxh3_128() for _ in range(1 + self.plan.num_tasks)]
         for rows in [None] if whole else tensor.panels():
             norms = [0.0] * self.plan.num_tasks
             base = self.plan.base.read(tensor.name, rows)
-            _digest(self.base_digest, base)
-            updates = _load(self.plan, tensor, rows, base, self.device, norms, self.task_digests)
-            context = Context(self.plan.num_tasks, tensor.name, state, result.facts)
+            _digest(digests[0], base)
+            updates = _load(self.plan, tensor, rows, base, self.device, norms, digests[1:])
+            context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
             try:
                 merged = tensor.method.merge(updates, context)
             except (ConvergenceError, OptionError) as error:
@@ -70,6 +91,7 @@ class Executor:
             sink(rows, base, merged, result.facts)
             self._advance(base.nbytes)
         result.seconds = time.perf_counter() - started
+        result.digests = [digest.digest() for digest in digests]
         return result
 
     def write(self, tensor: TensorPlan, store: Store) -> TensorResult:
@@ -79,29 +101,37 @@ class Executor:
                 tensor,
                 lambda rows, base, merged, facts: store(tensor.name, rows, add_update(base, merged, tensor, facts)),
             )
+        digest = xxhash.xxh3_128()
         for rows in tensor.panels():
             base = self.plan.base.read(tensor.name, rows)
-            _digest(self.base_digest, base)
+            _digest(digest, base)
             store(tensor.name, rows, base.to(tensor.out_dtype))
             self._advance(base.nbytes)
-        return TensorResult(tensor.name, tensor.action)
+        return TensorResult(tensor.name, tensor.action, digests=[digest.digest()])
 
-    def _state(self, method: Method) -> Any:
-        """Result of the surveys of a whole-model method over every tensor it merges."""
-        if method.scope != "model":
-            return None
-        if method not in self._states:
-            tensors = [t for t in self.plan.tensors if t.action == "merge" and t.method == method]
+    def _survey(self, method: Method | None) -> None:
+        """The surveys of a whole-model method, over every tensor it merges."""
+        if method is None or method.scope != "model" or method in self._states:
+            return
+        tensors = [t for t in self.plan.tensors if t.action == "merge" and t.method == method]
 
-            def visit(see: Callable[[str, Updates], None]) -> None:
-                for tensor in tensors:
-                    for rows in tensor.panels():
-                        base = self.plan.base.read(tensor.name, rows)
-                        see(tensor.name, _load(self.plan, tensor, rows, base, self.device))
-                        self._advance(base.nbytes)
+        def visit(see: Callable[[str, Updates], None]) -> None:
+            for tensor in tensors:
+                for rows in tensor.panels():
+                    base = self.plan.base.read(tensor.name, rows)
+                    see(tensor.name, _load(self.plan, tensor, rows, base, self.device))
+                    self._advance(base.nbytes)
 
-            self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
-        return self._states[method]
+        self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
+
+
+def content_digest(results: Sequence[TensorResult], index: int) -> str:
+    """Digest of one input: 0 the base, i + 1 task i; over the digests of its tensors in order."""
+    digest = xxhash.xxh3_128()
+    for result in results:
+        if index < len(result.digests):
+            digest.update(result.digests[index])
+    return digest.hexdigest()
 
 
 def work_bytes(plan: Plan) -> int:

@@ -48,7 +48,7 @@ def write_model(executor: Executor, directory: Path, shard_bytes: int) -> list[T
         for file, specs in layout.items():
             writer = stack.enter_context(SafetensorsWriter(directory / file, specs))
             writers.update(dict.fromkeys(specs, writer))
-        results = [executor.write(tensor, writers[tensor.name].write) for tensor in executor.plan.tensors]
+        results = executor.run(executor.plan.tensors, lambda t: executor.write(t, writers[t.name].write))
     if len(layout) > 1:
         index = {
             "metadata": {"total_size": sum(s.nbytes for specs in layout.values() for s in specs.values())},

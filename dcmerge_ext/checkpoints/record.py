@@ -16,17 +16,19 @@ import msgspec
 import torch
 
 from dcmerge_ext.backends import backends
-from dcmerge_ext.checkpoints.adapter import is_adapter
 from dcmerge_ext.checkpoints.config import MergeConfig
-from dcmerge_ext.checkpoints.execute import Executor, TensorResult
+from dcmerge_ext.checkpoints.execute import TensorResult, content_digest
 from dcmerge_ext.checkpoints.output import RECORD_NAME
 from dcmerge_ext.checkpoints.plan import Plan
+from dcmerge_ext.checkpoints.tasks import AdapterTask
 from dcmerge_ext.methods.base import list_methods
 
 TIMINGS_NAME = "dcmerge_timings.json"
 
 
-def make_record(plan: Plan, config: MergeConfig, executor: Executor, results: Sequence[TensorResult]) -> dict[str, Any]:
+def make_record(
+    plan: Plan, config: MergeConfig, device: torch.device, results: Sequence[TensorResult]
+) -> dict[str, Any]:
     """The record of a run. Holds no times: runs on the same inputs compare equal."""
     tensors = {t.name: t for t in plan.tensors}
     method = plan.method
@@ -37,19 +39,23 @@ def make_record(plan: Plan, config: MergeConfig, executor: Executor, results: Se
             "python": platform.python_version(),
         },
         "backends": {name: text.split(":", 1)[0] for name, text in backends().items()},
-        "device": str(executor.device),
+        "device": str(device),
         "method": method.name,
         "paper": method.paper,
         "options": msgspec.to_builtins(method),
         "scale": plan.scale,
         "weights": list(plan.weights),
         "config": msgspec.to_builtins(config),
-        "base": None if config.base is None else {"path": config.base, "content": executor.base_digest.hexdigest()},
+        "base": None if config.base is None else {"path": config.base, "content": content_digest(results, 0)},
         "tasks": [
-            {"path": path, "kind": "adapter" if is_adapter(Path(task.label)) else "full", "content": digest.hexdigest()}
-            for path, task, digest in zip(config.tasks, plan.tasks, executor.task_digests, strict=True)
+            {
+                "path": path,
+                "kind": "adapter" if isinstance(task, AdapterTask) else "full",
+                "content": content_digest(results, i),
+            }
+            for i, (path, task) in enumerate(zip(config.tasks, plan.tasks, strict=True), 1)
         ],
-        "content_is": "xxh3-128 of the stored bytes of every tensor read for the merge, in the order of `tensors`",
+        "content_is": "xxh3-128 over the xxh3-128 of each tensor's stored bytes, for the tensors read, in the order of `tensors`",
         "tensors": [
             {
                 "name": r.name,

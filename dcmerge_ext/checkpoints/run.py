@@ -115,7 +115,7 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
             converted = None if config.dtype == "keep" else getattr(torch, config.dtype)
             copy_side_files(prepared.base_path, directory, converted)
         config = msgspec.structs.replace(config, save_as=prepared.save_as)
-        record = make_record(prepared.plan, config, executor, results)
+        record = make_record(prepared.plan, config, executor.device, results)
         seconds = time.perf_counter() - started
         write_record(directory, record, results, seconds)
     for warning in record["warnings"]:

@@ -60,6 +60,5 @@ def merge_state_dicts(
     def store(name: str, rows: slice | None, values: Tensor) -> None:
         (merged[name] if rows is None else merged[name][rows]).copy_(values)
 
-    for tensor in plan.tensors:
-        executor.write(tensor, store)
+    executor.run(plan.tensors, lambda tensor: executor.write(tensor, store))
     return {name: merged[source.aliases.get(name, name)] for name in base}

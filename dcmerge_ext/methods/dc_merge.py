@@ -187,11 +187,13 @@ class DCMerge(Method, frozen=True):
         components = self._components(updates, ranks, dtype)
         live = torch.stack([(c.S > 0).sum(-1) for c in components], dim=-1)  # (..., T)
         spectra = [c.S for c in components]
-        concatenated = torch.cat([c.U for c in components], dim=-1), torch.cat([c.Vh.mT for c in components], dim=-1)
-        del components
-        cover_u, root_u, values_u = polar_with_values(concatenated[0], self.basis_tol)
-        cover_v, root_v, values_v = polar_with_values(concatenated[1], self.basis_tol)
-        del concatenated
+        basis_u = torch.cat([c.U for c in components], dim=-1)
+        basis_v = torch.cat([c.Vh.mT for c in components], dim=-1)
+        del components  # for a full fine-tune each of these is as large as the matrix
+        cover_u, root_u, values_u = polar_with_values(basis_u, self.basis_tol)
+        del basis_u
+        cover_v, root_v, values_v = polar_with_values(basis_v, self.basis_tol)
+        del basis_v
 
         cores = _Cores(root_u, root_v, spectra)
         sizes = self._block_sizes(slots)
