@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from dcmerge_ext.errors import InputError
@@ -55,9 +55,9 @@ def merge_updates(
         chosen.check(u.specs, num_tasks)
     dtype = max((u.dtype for u in checked.values()), key=lambda d: d.itemsize)
 
-    def visit(see: Callable[[str, Updates], None]) -> None:
+    def visit(state: Any) -> None:
         for name, u in checked.items():
-            see(name, u)
+            chosen.survey(name, u, state)
 
     state = survey_model(chosen, num_tasks, dtype, visit)
     merged = {name: chosen.merge(u, Context(num_tasks, name, state)) for name, u in checked.items()}

@@ -20,6 +20,8 @@ from dcmerge_ext.updates import compute_dtype
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
+WRAPPED = ".base_layer."
+"""What PEFT inserts into the names of the other parameters of a module that has LoRA."""
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -62,7 +64,11 @@ class LoraFactors:
 
 
 class Adapter:
-    """A PEFT adapter directory. ``modules`` maps module paths to factors, ``values`` parameter names to file keys."""
+    """A PEFT adapter directory.
+
+    ``modules`` maps module paths to factors; ``values`` maps names of parameters that the adapter replaces outright to
+    keys of its file; ``base_copies`` maps modules to keys of base weights that PEFT stored along with their factors.
+    """
 
     def __init__(self, path: Path, *, lora_scale: Literal["apply", "ignore"] = "apply") -> None:
         self.path = path
@@ -76,6 +82,7 @@ class Adapter:
         self.fan_in_fan_out = bool(self.config.get("fan_in_fan_out"))
         self.modules: dict[str, LoraFactors] = {}
         self.values: dict[str, str] = {}
+        self.base_copies: dict[str, str] = {}
         self._read_keys(lora_scale)
         if not self.modules and not self.values:
             raise InputError(f"{weights}: holds no LoRA factors")
@@ -97,6 +104,11 @@ class Adapter:
             a, b = a.flatten(1), b.flatten(1)
         update = LowRank(b, a) * lora.scale
         return update.mT if lora.kind == "embedding" else update
+
+    def base_copy(self, module: str) -> Tensor | None:
+        """The base's own weight, where PEFT stored it along (embeddings do not change under LoRA)."""
+        key = self.base_copies.get(module)
+        return None if key is None else self.file.read(key)
 
     def magnitude(self, module: str) -> Tensor | None:
         key = self.modules[module].key_magnitude
@@ -131,13 +143,15 @@ class Adapter:
             if match is None:
                 if "lora_" in key:
                     raise InputError(f"{self.file.label}: tensor {key!r} is not a LoRA factor this version knows")
-                self.values[key.removeprefix(PREFIX)] = key
+                self.values[key.removeprefix(PREFIX).replace(WRAPPED, ".")] = key
             elif match["leaf"] == ".bias":
                 raise InputError(f"{self.file.label}: tensor {key!r}: a trained LoRA bias cannot be merged")
             else:
                 parts.setdefault(match["module"], {})[match["part"]] = key
         for module, keys in parts.items():
             self.modules[module] = self._factors_of(module, keys, lora_scale)
+            if f"{module}.weight" in self.values:
+                self.base_copies[module] = self.values.pop(f"{module}.weight")
 
     def _factors_of(self, module: str, keys: dict[str, str], lora_scale: str) -> LoraFactors:
         infix = "lora_embedding_" if "lora_embedding_A" in keys or "lora_embedding_B" in keys else "lora_"

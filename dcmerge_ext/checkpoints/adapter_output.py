@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcmerge_ext.checkpoints.adapter import CONFIG_NAME, PREFIX, WEIGHT_NAMES, LoraFactors
+from dcmerge_ext.checkpoints.adapter import CONFIG_NAME, PREFIX, WEIGHT_NAMES, WRAPPED, LoraFactors
 from dcmerge_ext.checkpoints.execute import Executor, Sink, TensorResult
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan
 from dcmerge_ext.checkpoints.safetensors_writer import SafetensorsWriter
@@ -71,6 +72,7 @@ class AdapterOutput:
     def __init__(self, plan: Plan, adapter_rank: int | None) -> None:
         self.plan = plan
         adapters = [task for task in plan.tasks if isinstance(task, AdapterTask)]
+        self.adapters = adapters
         if len(adapters) != plan.num_tasks:
             full = next(task for task in plan.tasks if not isinstance(task, AdapterTask))
             raise InputError(
@@ -86,12 +88,9 @@ class AdapterOutput:
                 self.values[tensor.name] = tensor
             else:
                 self.modules[tensor.name] = self._module(tensor, owner, adapter_rank)
-        self.template = adapters[0].adapter.config
-        self.adapters = adapters
 
     def _module(self, tensor: TensorPlan, owner: AdapterTask, adapter_rank: int | None) -> _Module:
-        path = owner.modules[tensor.name]
-        lora = owner.adapter.modules[path]
+        lora = owner.adapter.modules[owner.modules[tensor.name]]
         rank = tensor.merged_rank
         if rank is None and adapter_rank is None:
             raise InputError(
@@ -100,12 +99,28 @@ class AdapterOutput:
             )
         side = min(lora.shape[0], torch.Size(lora.shape[1:]).numel())
         limits = [r for r in (rank, adapter_rank) if r is not None]
-        if rank is None:
+        if rank is None or min(limits) < rank:
             limits.append(side)
-        return _Module(tensor, path, lora, owner.transposed(tensor.name), max(1, min(limits)))
+        return _Module(
+            tensor,
+            self._own_name(tensor.name).removesuffix(".weight"),
+            lora,
+            owner.transposed(tensor.name),
+            max(1, min(limits)),
+        )
+
+    def _own_name(self, name: str) -> str:
+        """All names follow the first adapter, which may leave out or add a leading component of the base's."""
+        return self.adapters[0].own_name(name)
+
+    def _value_key(self, name: str) -> str:
+        own = self._own_name(name)
+        module, _, leaf = own.rpartition(".")
+        wrapped = any(m.path == module for m in self.modules.values())
+        return f"{PREFIX}{module}{WRAPPED}{leaf}" if wrapped else PREFIX + own
 
     def specs(self) -> dict[str, TensorSpec]:
-        specs = {PREFIX + name: TensorSpec(t.base.shape, t.out_dtype) for name, t in self.values.items()}
+        specs = {self._value_key(name): TensorSpec(t.base.shape, t.out_dtype) for name, t in self.values.items()}
         for module in self.modules.values():
             specs.update(module.specs())
         return specs
@@ -113,12 +128,14 @@ class AdapterOutput:
     def config(self) -> dict[str, Any]:
         """The first adapter's configuration with rank, scale and targets of the merged one."""
         ranks = {m.path: m.rank for m in self.modules.values()}
-        common = Counter(ranks.values()).most_common(1)[0][0] if ranks else self.template.get("r", 8)
-        pattern = {path: rank for path, rank in sorted(ranks.items()) if rank != common}
+        common = Counter(ranks.values()).most_common(1)[0][0] if ranks else self.adapters[0].adapter.config.get("r", 8)
+        # PEFT matches patterns at the end of a path; ^ makes one exact, where some path ends like another.
+        exact = "^" if any(path.endswith(f".{other}") for path in ranks for other in ranks) else ""
+        pattern = {exact + path: rank for path, rank in sorted(ranks.items()) if rank != common}
         saved = sorted({m for task in self.adapters for m in task.adapter.config.get("modules_to_save") or []})
         biases = sorted({task.adapter.config.get("bias", "none") for task in self.adapters} - {"none"})
         return {
-            **self.template,
+            **self.adapters[0].adapter.config,
             "r": common,
             "lora_alpha": common,
             "rank_pattern": pattern,
@@ -126,7 +143,7 @@ class AdapterOutput:
             "use_rslora": False,
             "use_dora": False,
             "init_lora_weights": True,
-            "target_modules": sorted(ranks),
+            "target_modules": _targets(sorted(ranks)),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -144,11 +161,18 @@ class AdapterOutput:
             def work(tensor: TensorPlan) -> TensorResult:
                 if tensor.name in self.modules:
                     return executor.merge(tensor, _store_factors(writer, self.modules[tensor.name]), whole=True)
-                return executor.write(tensor, lambda name, rows, values: writer.write(PREFIX + name, rows, values))
+                return executor.write(
+                    tensor, lambda name, rows, values: writer.write(self._value_key(name), rows, values)
+                )
 
             results = executor.run(tensors, work)
         (directory / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
         return results
+
+
+def _targets(paths: list[str]) -> list[str] | str:
+    """PEFT matches a listed target at the end of a path, so a path of one component needs an exact pattern."""
+    return paths if all("." in path for path in paths) else "|".join(re.escape(path) for path in paths)
 
 
 def _store_factors(writer: SafetensorsWriter, module: _Module) -> Sink:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -17,9 +18,10 @@ from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
 from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import Context, Method, survey_model
-from dcmerge_ext.updates import Updates, count_nonfinite
+from dcmerge_ext.methods.base import Context, Method, SurveyState, survey_model
+from dcmerge_ext.updates import Updates, compute_dtype, count_nonfinite
 
+_T = TypeVar("_T")
 Advance = Callable[[int], None]
 """Told how many bytes of the base's tensors were just worked through, from any thread."""
 Sink = Callable[[slice | None, Tensor, Update, dict[str, Any]], None]
@@ -55,17 +57,21 @@ class Executor:
         """
         for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
             self._survey(method)
+        results = {r.name: r for r in self._side_by_side([t for t in tensors if t.panelled], work)}
+        results.update((t.name, work(t)) for t in tensors if not t.panelled)
+        return [results[t.name] for t in tensors]
+
+    def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
+        """``work`` for every tensor, one thread each, as many at a time as torch has threads. On a GPU, in turn."""
+        if self.device.type != "cpu":
+            return [work(t) for t in tensors]
         threads = torch.get_num_threads()
-        side_by_side = [t for t in tensors if t.panelled] if self.device.type == "cpu" else []
-        results: dict[str, TensorResult] = {}
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
-            results.update((r.name, r) for r in pool.map(work, side_by_side))
+            return list(pool.map(work, tensors))
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # new threads inherit the last value set anywhere
-        results.update((t.name, work(t)) for t in tensors if t.name not in results)
-        return [results[t.name] for t in tensors]
 
     def merge(self, tensor: TensorPlan, sink: Sink, *, whole: bool = False) -> TensorResult:
         """Merge a tensor; ``sink`` receives each panel: rows, the base's stored values, the merged update, facts.
@@ -99,7 +105,7 @@ class Executor:
         if tensor.action != "copy":
             return self.merge(
                 tensor,
-                lambda rows, base, merged, facts: store(tensor.name, rows, add_update(base, merged, tensor, facts)),
+                lambda rows, base, merged, facts: store(tensor.name, rows, self._stored(base, merged, tensor, facts)),
             )
         digest = xxhash.xxh3_128()
         for rows in tensor.panels():
@@ -109,18 +115,56 @@ class Executor:
             self._advance(base.nbytes)
         return TensorResult(tensor.name, tensor.action, digests=[digest.digest()])
 
+    def _stored(self, base: Tensor, merged: Update, tensor: TensorPlan, facts: dict[str, Any]) -> Tensor:
+        """base + scale * merged in the compute dtype, cast once; the base's own bits where nothing changes.
+
+        Raises:
+            InputError: the base is not finite, or the sum overflows the output's dtype.
+        """
+        if _is_zero(merged):
+            return base.to(tensor.out_dtype)
+        dense = merged.dense() if isinstance(merged, LowRank) else merged
+        exact = dense.reshape(base.shape).mul_(tensor.scale).to(base.device)
+        halved = tensor.out_dtype.itemsize < exact.dtype.itemsize
+        change = _norm(exact) if halved else 0.0
+        exact += base.to(exact.dtype)
+        stored = exact.to(tensor.out_dtype)
+        if not math.isfinite(_norm(stored)):
+            if bad := count_nonfinite(base):
+                raise InputError(
+                    f"{self.plan.base.where(tensor.name)}: tensor {tensor.name!r} of the base holds {bad} NaN or Inf values"
+                )
+            raise InputError(f"tensor {tensor.name!r}: the result overflows {tensor.out_dtype}; pass --dtype float32")
+        if halved:
+            _accumulate(facts, "rounding_norm", [_norm(exact.sub_(stored))])
+            _accumulate(facts, "change_norm", [change])
+            _accumulate(facts, "base_norm", [_norm(base)])
+        return stored
+
     def _survey(self, method: Method | None) -> None:
         """The surveys of a whole-model method, over every tensor it merges."""
         if method is None or method.scope != "model" or method in self._states:
             return
         tensors = [t for t in self.plan.tensors if t.action == "merge" and t.method == method]
 
-        def visit(see: Callable[[str, Updates], None]) -> None:
-            for tensor in tensors:
-                for rows in tensor.panels():
-                    base = self.plan.base.read(tensor.name, rows)
-                    see(tensor.name, _load(self.plan, tensor, rows, base, self.device))
-                    self._advance(base.nbytes)
+        def visit(state: SurveyState) -> None:
+            shares: SimpleQueue[SurveyState] = SimpleQueue()
+            for _ in range(torch.get_num_threads()):
+                shares.put(state.fork())
+
+            def see(tensor: TensorPlan) -> None:
+                share = shares.get()  # at most as many tensors at a time as there are shares
+                try:
+                    for rows in tensor.panels():
+                        base = self.plan.base.read(tensor.name, rows)
+                        method.survey(tensor.name, _load(self.plan, tensor, rows, base, self.device), share)
+                        self._advance(base.nbytes)
+                finally:
+                    shares.put(share)
+
+            self._side_by_side(tensors, see)
+            while not shares.empty():
+                state.join(shares.get())
 
         self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
 
@@ -141,23 +185,6 @@ def work_bytes(plan: Plan) -> int:
         tensors = [t for t in plan.tensors if t.action == "merge" and t.method == method]
         total += method.num_surveys(survey_dtype(tensors)) * sum(t.base.nbytes for t in tensors)
     return total
-
-
-def add_update(base: Tensor, merged: Update, tensor: TensorPlan, facts: dict[str, Any]) -> Tensor:
-    """base + scale * merged in the compute dtype, cast once; the base's own bits where nothing changes."""
-    if _is_zero(merged):
-        return base.to(tensor.out_dtype)
-    dense = merged.dense() if isinstance(merged, LowRank) else merged
-    dense = dense.reshape(base.shape)
-    exact = dense.mul_(tensor.scale).cpu()
-    change = float(torch.linalg.vector_norm(exact)) if tensor.out_dtype.itemsize < exact.dtype.itemsize else None
-    exact += base.to(exact.dtype)
-    stored = exact.to(tensor.out_dtype)
-    if change is not None:
-        _accumulate(facts, "rounding_norm", [float(torch.linalg.vector_norm(exact.sub_(stored)))])
-        _accumulate(facts, "change_norm", [change])
-        _accumulate(facts, "base_norm", [float(torch.linalg.vector_norm(base, dtype=exact.dtype))])
-    return stored
 
 
 def _load(
@@ -218,8 +245,8 @@ def _norm(update: Update) -> float:
             if _finite(left, right)
             else math.nan
         )
-    norm = float(torch.linalg.vector_norm(update))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(update, dtype=torch.float64))
+    single = float(torch.linalg.vector_norm(update, dtype=compute_dtype(update.dtype)))
+    return single if math.isfinite(single) else float(torch.linalg.vector_norm(update, dtype=torch.float64))
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -151,6 +151,8 @@ class _Planner:
         if not base.dtype.is_floating_point:
             return copy("not floating point")
         specs = self._specs(name, base)
+        if base.numel == 0:
+            return copy("empty")
         if all(spec.rank == 0 for spec in specs):
             return copy("no task changes it")
 
@@ -159,8 +161,10 @@ class _Planner:
         action, reason, flat = self._action(name, base, specs, method, override)
         if flat is not None:
             specs = tuple(spec._replace(shape=flat) for spec in specs)
-        if not self.with_base and action == "mean":
-            scale = self._mean_without_base(name, specs)
+        if not self.with_base and any(spec.rank is None for spec in specs):
+            # values, not updates: the mean of the values themselves
+            action, reason, scale = "mean", "replaced outright by the adapters", 1.0
+            self._check_mean_of_values(name, specs)
         merged_rank = None
         if action == "merge":
             try:
@@ -217,13 +221,14 @@ class _Planner:
             return "merge", "override", (base.shape[0], prod(base.shape[1:]))
         return "mean", "not a matrix", None
 
-    def _mean_without_base(self, name: str, specs: Sequence[UpdateSpec]) -> float:
+    def _check_mean_of_values(self, name: str, specs: Sequence[UpdateSpec]) -> None:
         if any(spec.rank == 0 for spec in specs):
             raise InputError(
                 f"tensor {name!r} is replaced outright by some of the adapters only; give --base so that the others "
                 "count with the base's values"
             )
-        return 1.0  # the mean of the values themselves
+        if any(weight != 1 for weight in self.config.weights or []):
+            raise InputError(f"tensor {name!r} is replaced outright by the adapters; weights on it need --base")
 
     def _scale(self, method: Method, override: Override | None) -> float:
         if override is not None and override.scale is not None:

@@ -13,6 +13,7 @@ from dcmerge_ext.checkpoints.execute import Executor
 from dcmerge_ext.checkpoints.plan import make_plan
 from dcmerge_ext.checkpoints.source import StateDict
 from dcmerge_ext.checkpoints.tasks import FullTask
+from dcmerge_ext.errors import InputError
 
 
 def merge_state_dicts(
@@ -38,6 +39,8 @@ def merge_state_dicts(
         InputError: names or shapes that differ, non-finite values, wrong options.
     """
     source = StateDict(base, "base")
+    if not source.specs:
+        raise InputError("base: holds no tensors")
     models = [StateDict(task, f"task {i}") for i, task in enumerate(tasks)]
     config = build_config(
         {
@@ -51,7 +54,7 @@ def merge_state_dicts(
         "merge_state_dicts",
     )
     plan = make_plan(source, [FullTask(model, source) for model in models], config)
-    executor = Executor(plan, torch.device("cpu"))
+    executor = Executor(plan, next(iter(base.values())).device)
     merged = {
         t.name: torch.empty_like(base[t.name], requires_grad=False, memory_format=torch.contiguous_format)
         for t in plan.tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcmerge_ext.checkpoints.adapter import Adapter
 from dcmerge_ext.checkpoints.source import TensorSource
+from dcmerge_ext.checkpoints.virtual_base import VirtualBase
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.updates import UpdateSpec, compute_dtype
@@ -99,9 +100,16 @@ class AdapterTask:
         self.label = adapter.label
         self.adapter = adapter
         self._base = base
-        rename = match_prefix([f"{m}.weight" for m in adapter.modules] or list(adapter.values), base, adapter.label)
-        self.modules = {rename(f"{module}.weight"): module for module in adapter.modules}
-        self._values = {rename(name): name for name in adapter.values}
+        self._rename = match_prefix(
+            [f"{m}.weight" for m in adapter.modules] or list(adapter.values), base, adapter.label
+        )
+        self.modules = {self._rename(f"{module}.weight"): module for module in adapter.modules}
+        self._values = {self._rename(name): name for name in adapter.values}
+        # One flag serves all modules of an adapter; a module that is not square shows how its kind is stored.
+        shapes = {name: (base.specs[name].shape, adapter.modules[m].shape) for name, m in self.modules.items()}
+        self._stored_transposed = {
+            _leaf(name): stored != own for name, (stored, own) in shapes.items() if own[0] != own[-1]
+        }
 
     @property
     def extra(self) -> list[str]:
@@ -125,19 +133,32 @@ class AdapterTask:
     def transposed(self, name: str) -> bool:
         """Whether the base stores this weight as (in, out), as GPT-2's Conv1D does.
 
-        The configuration has one flag for the whole model, so the shapes decide where they can.
+        The configuration has one flag for the whole model, that of the layer PEFT met last, so shapes decide where they
+        can: its own, or for a square weight that of another module of the same kind (the same last name).
         """
         lora = self.adapter.modules[self.modules[name]]
-        shape = self._base.specs[name].shape
-        if lora.kind != "linear" or (shape == lora.shape and shape[0] != shape[1]):
+        if lora.kind != "linear":
             return False
-        return self.adapter.fan_in_fan_out or (shape == lora.shape[::-1] and shape[0] != shape[1])
+        shape = self._base.specs[name].shape
+        if shape[0] != shape[-1]:
+            return shape == lora.shape[::-1]
+        return self._stored_transposed.get(_leaf(name), self.adapter.fan_in_fan_out)
+
+    def own_name(self, name: str) -> str:
+        """The adapter's name for a tensor of the base."""
+        return self._rename.inverse(name)
 
     def update(self, name: str, base: Tensor | None, rows: slice | None) -> Update:
         if name in self._values:
             assert base is not None
             dtype = self.spec(name).dtype
             return torch.sub(self.raw(name, rows)[0].to(dtype), base.to(dtype))
+        copy = self.adapter.base_copy(self.modules[name])
+        if copy is not None and base is not None and not self._is_base(name, copy, base, rows):
+            raise InputError(
+                f"{self.adapter.file.label}: stores a weight for {name!r} that is not the base's ({self._base.label}); "
+                "the adapter was trained on another base"
+            )
         update = self.adapter.factors(self.modules[name])
         magnitude = self.adapter.magnitude(self.modules[name])
         if magnitude is not None:
@@ -145,6 +166,12 @@ class AdapterTask:
         if self.transposed(name):
             update = update.mT
         return update if rows is None else LowRank(update.left[rows], update.right)
+
+    def _is_base(self, name: str, copy: Tensor, base: Tensor, rows: slice | None) -> bool:
+        if isinstance(self._base, VirtualBase):
+            return True  # no base at hand to compare with
+        copy = copy if rows is None else copy[rows]
+        return copy.shape == base.shape and torch.equal(copy.to(base.device, base.dtype), base)
 
     def _dora(self, name: str, update: LowRank, magnitude: Tensor, rows: slice | None) -> Tensor:
         # DoRA (arXiv 2402.09353, eq. 5): W = magnitude * (W_0 + Delta) / row norms, in the orientation (out, in).
@@ -172,7 +199,7 @@ class AdapterTask:
         return self.adapter.file.label
 
 
-def match_prefix(names: Iterable[str], base: TensorSource, label: str) -> Callable[[str], str]:
+def match_prefix(names: Iterable[str], base: TensorSource, label: str) -> _Rename:
     """A function from an adapter's parameter names to the base's: the same, one prefix less, or one prefix more.
 
     An adapter of a model with a head names ``bert.encoder...`` what a checkpoint of the bare encoder names ``encoder...``.
@@ -195,7 +222,9 @@ def match_prefix(names: Iterable[str], base: TensorSource, label: str) -> Callab
     raise InputError(
         f"{label}: adapts {missing[0]!r}"
         + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
-        + f", which {base.label} does not have; the adapter was trained on another base"
+        + f", which {base.label} does not have; the adapter was trained on another base, or on this one under other "
+        "tensor names (transformers 5 saves some models, such as ViT, under their older names: save the base again with "
+        "save_pretrained(..., save_original_format=False))"
     )
 
 
@@ -208,3 +237,11 @@ class _Rename:
     def __call__(self, name: str) -> str:
         renamed = self.put + name.removeprefix(self.cut)
         return self.aliases.get(renamed, renamed)
+
+    def inverse(self, name: str) -> str:
+        return self.cut + name.removeprefix(self.put)
+
+
+def _leaf(name: str) -> str:
+    """Last name of a module: ``c_proj`` of ``h.0.attn.c_proj.weight``."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import msgspec
 import torch
@@ -45,6 +45,18 @@ class Preset:
     """Regular expression (searched in the name) of matrices that take the mean instead of the method."""
 
 
+class SurveyState(Protocol):
+    """What a survey pass gathers. Shares add up, so that threads and processes can survey side by side."""
+
+    def fork(self) -> SurveyState:
+        """An empty share of the same pass."""
+        ...
+
+    def join(self, share: Any) -> None:
+        """Add a share."""
+        ...
+
+
 class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all methods. Fields are the options; class variables are facts about the method."""
 
@@ -69,11 +81,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return 0
 
     def begin(self, num_tasks: int, dtype: torch.dtype) -> Any:
-        """State of the first survey."""
+        """State of the first survey: a :class:`SurveyState`."""
         return None
 
     def survey(self, key: str, updates: Updates, state: Any) -> None:
-        """See one tensor (or a panel of it); adds to ``state``, whose contributions are associative."""
+        """See one tensor (or a panel of it) and add to ``state``, in any order."""
 
     def finish(self, state: Any) -> Any:
         """End a survey pass: the state of the next one, or the result that ``merge`` finds in ``ctx.state``."""
@@ -205,13 +217,10 @@ def preset_of(cls: type[Method], options: Mapping[str, Any]) -> Preset | None:
     return cls.presets[name]
 
 
-def survey_model(
-    method: Method, num_tasks: int, dtype: torch.dtype, visit: Callable[[Callable[[str, Updates], None]], None]
-) -> Any:
-    """Run the survey passes of a model-scope method; ``visit(f)`` must call f(key, updates) for every tensor."""
+def survey_model(method: Method, num_tasks: int, dtype: torch.dtype, visit: Callable[[Any], None]) -> Any:
+    """Run the survey passes of a model-scope method; ``visit(state)`` must survey every tensor into the state."""
     state = method.begin(num_tasks, dtype)
     for _ in range(method.num_surveys(dtype)):
-        current = state
-        visit(lambda key, updates: method.survey(key, updates, current))  # noqa: B023 - called at once
+        visit(state)
         state = method.finish(state)
     return state

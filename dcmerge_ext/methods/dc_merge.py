@@ -143,7 +143,9 @@ class DCMerge(Method, frozen=True):
         for spec, rank in zip(specs, self._asked(specs), strict=True):
             # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
             if rank is not None and rank > q and self.official is None and spec.rank != 0:
-                raise OptionError(f"rank {rank} exceeds min(m, n) = {q} of a {' x '.join(map(str, spec.shape))} update")
+                raise OptionError(
+                    f"rank {rank} exceeds min(m, n) = {q} of a {' x '.join(map(str, spec.shape))} update; lower it, or give such tensors other options (overrides)"
+                )
 
     def ranks(self, specs: Sequence[UpdateSpec], num_tasks: int) -> list[int] | None:
         """Components (slots) kept per task; None where the rule leaves a task none, and the mean is taken instead."""

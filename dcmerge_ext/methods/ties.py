@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -25,6 +25,13 @@ class _Selection:
     ranks: list[int] | None  # 1-based rank from the top inside the current prefix; None until the total is known
     dtype: torch.dtype
 
+    def fork(self) -> _Selection:
+        return replace(self, histograms=[torch.zeros_like(h) for h in self.histograms])
+
+    def join(self, share: _Selection) -> None:
+        for own, other in zip(self.histograms, share.histograms, strict=True):
+            own += other
+
 
 @dataclass
 class _Majority:
@@ -32,6 +39,12 @@ class _Majority:
 
     thresholds: Tensor
     sign_sum: int = 0
+
+    def fork(self) -> _Majority:
+        return _Majority(self.thresholds)
+
+    def join(self, share: _Majority) -> None:
+        self.sign_sum += share.sign_sum
 
 
 @dataclass(frozen=True)
@@ -143,8 +156,10 @@ def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 
 def _elected_sign(stack: Tensor, thresholds: Tensor) -> Tensor:
-    limits = thresholds.to(stack.device)[:, None, None]
-    return torch.where(stack.abs() >= limits, stack, 0).sum(0).sign()
+    total = torch.zeros_like(stack[0])
+    for task, threshold in zip(stack, thresholds.to(stack.device), strict=True):  # in the order in which ops.elect adds
+        total += torch.where(task.abs() >= threshold, task, 0)
+    return total.sign()
 
 
 def _stack(updates: Updates, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,223 @@
+"""Which implementation runs, and that a choice by name succeeds or raises."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+from dcmerge_ext import _native, backends, ops, reference, use_backend
+from dcmerge_ext.backends import available, for_device
+from dcmerge_ext.errors import BackendUnavailable
+from dcmerge_ext.methods import dc_merge, ties
+
+BACKENDS_MODULE = importlib.import_module("dcmerge_ext.backends")  # the package hides it behind the function
+OPERATIONS = ["kth_magnitude", "magnitude_histogram", "elect"]
+MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": _native}
+STACK = torch.tensor([[[1.0, -2.0]], [[3.0, 4.0]]])
+
+
+def call(operation: str) -> None:
+    if operation == "kth_magnitude":
+        ops.kth_magnitude(STACK, 1)
+    elif operation == "elect":
+        ops.elect(STACK)
+    else:
+        ops.magnitude_histogram(STACK, torch.zeros(1 << 16, dtype=torch.int64), shift=15, width=16)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DCMERGE_BACKEND", raising=False)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(backend, operation) of every call, in order."""
+    calls: list[tuple[str, str]] = []
+
+    def recording(backend: str, operation: str, original: Callable) -> Callable:
+        def wrapped(*args: object) -> object:
+            calls.append((backend, operation))
+            return original(*args)
+
+        return wrapped
+
+    for backend, module in MODULES.items():
+        for operation in OPERATIONS:
+            monkeypatch.setattr(module, operation, recording(backend, operation, getattr(module, operation)))
+    return calls
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_IMPORT_ERROR", "No module named '_cpu'; build it with: pip install .")
+    monkeypatch.setattr(BACKENDS_MODULE, "_warned", set())
+
+
+def test_the_native_core_is_built() -> None:
+    assert backends()["cpu"].startswith("available: C++17")
+
+
+def test_the_listing_says_what_each_is_or_why_it_is_absent() -> None:
+    listing = backends()
+    assert list(listing) == ["reference", "cpu", "cuda"]
+    assert listing["reference"] == f"available: plain torch {torch.__version__}, any device"
+    assert listing["cpu"].endswith(f", {torch.get_num_threads()} threads")
+    assert listing["cuda"].startswith("unavailable: ")
+    assert [available(name) for name in listing] == [True, True, False]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+class TestChoice:
+    def test_cpu_tensors_run_natively_unless_told(self, operation: str, ran: list[tuple[str, str]]) -> None:
+        call(operation)
+        assert ran == [("cpu", operation)]
+
+    @pytest.mark.parametrize("name", ["reference", "cpu"])
+    def test_use_backend_forces(self, operation: str, name: str, ran: list[tuple[str, str]]) -> None:
+        with use_backend(name):
+            call(operation)
+        assert ran == [(name, operation)]
+
+    @pytest.mark.parametrize("name", ["reference", "cpu"])
+    def test_the_environment_forces(
+        self, operation: str, name: str, ran: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DCMERGE_BACKEND", name)
+        call(operation)
+        assert ran == [(name, operation)]
+
+    def test_use_backend_overrules_the_environment(
+        self, operation: str, ran: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DCMERGE_BACKEND", "cpu")
+        with use_backend("reference"):
+            call(operation)
+        assert ran == [("reference", operation)]
+
+    def test_an_empty_environment_variable_chooses_nothing(
+        self, operation: str, ran: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DCMERGE_BACKEND", "")
+        call(operation)
+        assert ran == [("cpu", operation)]
+
+    def test_a_wrong_environment_variable_raises(self, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DCMERGE_BACKEND", "gpu")
+        with pytest.raises(BackendUnavailable, match=r"backend 'gpu' does not exist; known: reference, cpu, cuda"):
+            call(operation)
+
+
+def test_methods_run_on_the_chosen_backend(ran: list[tuple[str, str]]) -> None:
+    updates = [torch.ones(4, 3), torch.eye(4, 3)]
+    with use_backend("reference"):
+        dc_merge(updates)
+        ties(updates)
+    assert {backend for backend, _ in ran} == {"reference"}
+    assert {operation for _, operation in ran} == set(OPERATIONS)
+
+
+def test_the_choice_ends_with_its_block(ran: list[tuple[str, str]]) -> None:
+    with use_backend("reference"):
+        with use_backend("cpu"):
+            call("elect")
+        call("elect")
+    call("elect")
+    assert [backend for backend, _ in ran] == ["cpu", "reference", "cpu"]
+
+
+def test_the_choice_ends_with_an_error(ran: list[tuple[str, str]]) -> None:
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    call("elect")
+    assert ran == [("cpu", "elect")]
+
+
+def test_the_choice_holds_in_its_own_thread_only(ran: list[tuple[str, str]]) -> None:
+    with use_backend("reference"):
+        thread = threading.Thread(target=call, args=("elect",))
+        thread.start()
+        thread.join()
+    assert ran == [("cpu", "elect")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", r"backend 'gpu' does not exist; known: reference, cpu, cuda"),
+        ("cuda", r"backend 'cuda' is unavailable: this version has no CUDA kernels"),
+    ],
+)
+def test_what_cannot_run_raises_on_entry(name: str, message: str) -> None:
+    entered = False
+    with pytest.raises(BackendUnavailable, match=message), use_backend(name):
+        entered = True
+    assert not entered
+
+
+def test_the_native_core_refuses_tensors_of_other_devices() -> None:
+    with use_backend("cpu"), pytest.raises(BackendUnavailable, match=r"'cpu' was chosen and the tensor lies on cuda:1"):
+        for_device(torch.device("cuda:1"))
+
+
+def test_other_devices_run_plain_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS_MODULE, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="no native kernels for cuda tensors") as caught:
+        results = [for_device(torch.device("cuda", i)) for i in range(2)]
+    assert results == [reference, reference]
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("without_native")
+class TestWithoutTheNativeModule:
+    def test_plain_torch_runs_with_one_warning(self, ran: list[tuple[str, str]]) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for operation in OPERATIONS:
+                call(operation)
+        assert ran == [("reference", operation) for operation in OPERATIONS]
+        assert [w.category for w in caught] == [RuntimeWarning]
+        assert "the native CPU core is not available (No module named '_cpu'" in str(caught[0].message)
+
+    def test_the_listing_says_why(self) -> None:
+        assert backends()["cpu"] == "unavailable: No module named '_cpu'; build it with: pip install ."
+
+    def test_asking_for_it_by_name_raises(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (
+            pytest.raises(BackendUnavailable, match=r"'cpu' is unavailable: No module named '_cpu'"),
+            use_backend("cpu"),
+        ):
+            pass
+        monkeypatch.setenv("DCMERGE_BACKEND", "cpu")
+        with pytest.raises(BackendUnavailable, match=r"'cpu' is unavailable: No module named '_cpu'"):
+            call("elect")
+
+    def test_asking_for_plain_torch_by_name_does_not_warn(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with use_backend("reference"):
+                call("elect")
+
+
+def test_a_tree_without_the_compiled_module_imports_and_merges() -> None:
+    program = """
+import sys, warnings
+sys.modules["dcmerge_ext._cpu"] = None  # as if it had never been built
+import torch, dcmerge_ext
+assert dcmerge_ext.backends()["cpu"].startswith("unavailable: "), dcmerge_ext.backends()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    merged = dcmerge_ext.methods.dc_merge([torch.eye(3), torch.eye(3)])
+assert merged.shape == (3, 3)
+assert [w.category for w in caught] == [RuntimeWarning], caught
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

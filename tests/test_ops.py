@@ -1,0 +1,335 @@
+"""The operations on every backend, against oracles in plain Python and numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import cases
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcmerge_ext import ops, use_backend
+from dcmerge_ext.backends import available
+
+BACKENDS = [name for name in ("reference", "cpu") if available(name)]
+DTYPES = [torch.float32, torch.float64]
+HALF = [torch.float16, torch.bfloat16]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = [x.reshape(-1).view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
+def on_each_backend(call: Callable[[], Tensor]) -> Tensor:
+    """The result, after checking that every backend returns the same bits."""
+    results = []
+    for name in BACKENDS:
+        with use_backend(name):
+            results.append(call())
+    assert all(same_bits(results[0], r) for r in results[1:])
+    return results[0]
+
+
+# --- kth_magnitude --------------------------------------------------------------------------------------------------------
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e30, 2.0**-149, -(2.0**-149), 2.0**-126, -(2.0**127), 0.5, -0.5]
+
+
+@st.composite
+def rows_and_counts(draw: st.DrawFn, width: int) -> tuple[list[list[float]], list[int]]:
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 40))
+    value = st.one_of(st.sampled_from(SPECIAL), st.floats(width=width, allow_nan=False, allow_infinity=False))
+    x = draw(st.lists(st.lists(value, min_size=length, max_size=length), min_size=rows, max_size=rows))
+    counts = draw(st.lists(st.integers(1, length), min_size=rows, max_size=rows))
+    return x, counts
+
+
+def kth_by_sorting(x: Tensor, counts: Sequence[int]) -> list[float]:
+    return [sorted((abs(v) for v in row), reverse=True)[k - 1] for row, k in zip(x.tolist(), counts, strict=True)]
+
+
+class TestKthMagnitude:
+    @settings(max_examples=300)
+    @given(rows_and_counts(32))
+    def test_float32_equals_sorting(self, drawn: tuple[list[list[float]], list[int]]) -> None:
+        x, counts = torch.tensor(drawn[0], dtype=torch.float32), drawn[1]
+        found = on_each_backend(lambda: ops.kth_magnitude(x, torch.tensor(counts)))
+        assert found.tolist() == kth_by_sorting(x, counts)
+
+    @settings(max_examples=300)
+    @given(rows_and_counts(64))
+    def test_float64_equals_sorting(self, drawn: tuple[list[list[float]], list[int]]) -> None:
+        x, counts = torch.tensor(drawn[0], dtype=torch.float64), drawn[1]
+        found = on_each_backend(lambda: ops.kth_magnitude(x, torch.tensor(counts)))
+        assert found.tolist() == kth_by_sorting(x, counts)
+
+    @settings(max_examples=100)
+    @given(rows_and_counts(16), st.sampled_from(HALF))
+    def test_half_precision_equals_sorting(
+        self, drawn: tuple[list[list[float]], list[int]], dtype: torch.dtype
+    ) -> None:
+        x, counts = torch.tensor(drawn[0]).clamp(-60_000, 60_000).to(dtype), drawn[1]
+        found = on_each_backend(lambda: ops.kth_magnitude(x, torch.tensor(counts)))
+        assert found.dtype == dtype
+        assert found.tolist() == kth_by_sorting(x, counts)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_long_rows_that_cross_the_slices_of_the_threads(
+        self, dtype: torch.dtype, threads: int, restore_threads: None
+    ) -> None:
+        torch.set_num_threads(threads)
+        x = cases.normal(2, 210_001, seed=3, dtype=dtype)
+        x[1] = (x[1] * 3).round() / 3  # long runs of ties
+        descending = x.abs().sort(dim=-1, descending=True).values
+        for k in (1, 2, 1_000, 105_000, 210_000, 210_001):
+            found = on_each_backend(lambda k=k: ops.kth_magnitude(x, k))
+            assert torch.equal(found, descending[:, k - 1])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_more_rows_than_threads(self, dtype: torch.dtype) -> None:
+        x = cases.normal(37, 11, seed=4, dtype=dtype)
+        counts = torch.arange(37) % 11 + 1
+        found = on_each_backend(lambda: ops.kth_magnitude(x, counts))
+        assert found.tolist() == kth_by_sorting(x, counts.tolist())
+
+    def test_leading_dimensions_and_strided_views(self, backend: str) -> None:
+        x = cases.normal(5, 3, 4, seed=5).permute(2, 1, 0)[:, ::2]
+        counts = torch.tensor([[1, 2], [3, 4], [5, 1], [2, 3]])
+        found = ops.kth_magnitude(x, counts)
+        assert found.shape == (4, 2)
+        assert found.flatten().tolist() == kth_by_sorting(x.reshape(8, 5), counts.flatten().tolist())
+
+    def test_a_single_vector_gives_a_scalar(self, backend: str) -> None:
+        assert ops.kth_magnitude(torch.tensor([3.0, -5.0, 4.0]), 2).item() == 4.0
+
+    def test_the_input_is_left_alone(self, backend: str) -> None:
+        x = torch.tensor([[3.0, -5.0, 4.0]])
+        ops.kth_magnitude(x, 1)
+        assert x.tolist() == [[3.0, -5.0, 4.0]]
+
+
+# --- magnitude_histogram --------------------------------------------------------------------------------------------------
+
+DIGITS = {torch.float32: [(15, 16), (0, 15)], torch.float64: [(47, 16), (31, 16), (15, 16), (0, 15)]}
+
+
+def streamed_kth_magnitude(pieces: Sequence[Tensor], k: int, dtype: torch.dtype) -> float:
+    """Radix selection over pieces that are seen one at a time, one digit of the bit pattern per pass."""
+    prefix = 0
+    for shift, width in DIGITS[dtype]:
+        histogram = torch.zeros(1 << width, dtype=torch.int64)
+        for piece in pieces:
+            ops.magnitude_histogram(piece, histogram, shift=shift, width=width, prefix=prefix)
+        at_least = np.cumsum(histogram.numpy()[::-1])[::-1]  # keys whose digit is this one or a larger one
+        digit = int(np.flatnonzero(at_least >= k)[-1])
+        k -= int(at_least[digit] - histogram[digit])
+        prefix = prefix << width | digit
+    return np.array(prefix, dtype=f"u{dtype.itemsize}").view(f"f{dtype.itemsize}").item()
+
+
+class TestMagnitudeHistogram:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("k", [1, 17, 3_000, 4_321])
+    def test_streamed_selection_equals_kth_magnitude(self, dtype: torch.dtype, k: int, backend: str) -> None:
+        x = cases.normal(4_321, seed=6, dtype=dtype)
+        x[::7] = 0.25
+        x[::11] = 0
+        pieces = [x[:5], x[5:2_000], x[2_000:2_000], x[2_000:]]
+        assert streamed_kth_magnitude(pieces, k, dtype) == ops.kth_magnitude(x, k).item()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("digit", [(0, 1), (3, 16), (15, 16), (20, 11)])
+    def test_counts_the_digit_of_the_bit_pattern(
+        self, dtype: torch.dtype, digit: tuple[int, int], backend: str
+    ) -> None:
+        shift, width = digit
+        x = cases.normal(500, seed=7, dtype=dtype)
+        key = x.abs().numpy().view(f"u{dtype.itemsize}").astype(np.uint64)
+        prefix = int(key[3]) >> (shift + width)
+        chosen = key[key >> np.uint64(shift + width) == prefix]
+        digits = ((chosen >> np.uint64(shift)) & np.uint64((1 << width) - 1)).astype(np.int64)
+        out = torch.zeros(1 << width, dtype=torch.int64)
+        ops.magnitude_histogram(x, out, shift=shift, width=width, prefix=prefix)
+        assert out.tolist() == np.bincount(digits, minlength=1 << width).tolist()
+
+    def test_adds_to_what_is_there(self, backend: str) -> None:
+        out = torch.full((1 << 16,), 2, dtype=torch.int64)
+        ops.magnitude_histogram(torch.zeros(3, 4).T, out, shift=15, width=16)
+        assert out[0] == 14
+        assert (out[1:] == 2).all()
+
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_long_input_gives_the_same_counts_for_any_threads(self, threads: int, restore_threads: None) -> None:
+        torch.set_num_threads(threads)
+        x = cases.normal(200_003, seed=8, dtype=torch.float32)
+
+        def count() -> Tensor:
+            out = torch.zeros(1 << 16, dtype=torch.int64)
+            ops.magnitude_histogram(x, out, shift=15, width=16)
+            return out
+
+        found = on_each_backend(count)
+        key = x.abs().numpy().view(np.uint32) >> 15
+        assert found.tolist() == np.bincount(key, minlength=1 << 16).tolist()
+
+
+# --- elect ----------------------------------------------------------------------------------------------------------------
+
+
+def elect_oracle(
+    stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None, zero_sum: int, reduce: str
+) -> np.ndarray:
+    """One (T, rows, cols) stack in numpy, tasks added in order."""
+    tasks = [x.copy() for x in stack.numpy()]
+    if thresholds is not None:
+        for x, limit in zip(tasks, thresholds.numpy(), strict=True):
+            x[np.abs(x) < limit] = 0
+    total = np.zeros_like(tasks[0])
+    for x in tasks:
+        total = total + x
+    positive = (total > 0) | ((total == 0) & (zero_sum > 0))
+    negative = (total < 0) | ((total == 0) & (zero_sum < 0))
+    merged, votes = np.zeros_like(total), np.zeros_like(total)
+    for x in tasks:
+        selected = (positive & (x > 0)) | (negative & (x < 0))
+        merged = merged + np.where(selected, x, 0)
+        votes = votes + selected
+    if reduce == "mean":
+        merged = merged / np.maximum(votes, 1).astype(merged.dtype)
+    if blocks is not None:
+        block = np.repeat(np.arange(len(blocks)), blocks)
+        merged[block[:, None] != block[None, :]] = 0
+    return merged
+
+
+def random_stack(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Values in steps of 1/4, so that sums cancel exactly and magnitudes tie; every fifth is not rounded."""
+    x = cases.normal(*shape, seed=seed)
+    return torch.where(cases.normal(*shape, seed=seed + 1) < 0.8, (4 * x).round() / 4, x).to(dtype)
+
+
+class TestElect:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("reduce", ["mean", "sum"])
+    @pytest.mark.parametrize("zero_sum", [-1, 0, 1])
+    @pytest.mark.parametrize("blocks", [None, [23], [7, 0, 10, 1, 5], [0, 11, 12, 0], [1] * 23])
+    @pytest.mark.parametrize("trimmed", [False, True])
+    def test_equals_the_oracle(
+        self, dtype: torch.dtype, reduce: str, zero_sum: int, blocks: list[int] | None, trimmed: bool
+    ) -> None:
+        stack = random_stack(3, 4, 23, 23, seed=9, dtype=dtype)
+        thresholds = (
+            torch.tensor([[0, 0.25, 0.5, 1], [1, 1, 1, 1], [2, 0.75, 9, 0.3]], dtype=dtype) if trimmed else None
+        )
+        found = on_each_backend(lambda: ops.elect(stack, thresholds, blocks=blocks, zero_sum=zero_sum, reduce=reduce))
+        for b in range(3):
+            expected = elect_oracle(stack[b], None if thresholds is None else thresholds[b], blocks, zero_sum, reduce)
+            assert np.array_equal(found[b].numpy(), expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 1, 511), (5, 1, 512), (5, 1, 513), (2, 3, 1_700), (17, 41, 43)])
+    def test_lengths_around_one_run_of_the_kernel(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        stack = random_stack(*shape, seed=10, dtype=dtype)
+        thresholds = torch.linspace(0, 1, shape[0], dtype=dtype)
+        found = on_each_backend(lambda: ops.elect(stack, thresholds, zero_sum=1))
+        assert np.array_equal(found.numpy(), elect_oracle(stack, thresholds, None, 1, "mean"))
+
+    def test_blocks_longer_than_one_run(self) -> None:
+        stack = random_stack(2, 1_200, 1_200, seed=11, dtype=torch.float32)
+        blocks = [1_100, 30, 70]
+        found = on_each_backend(lambda: ops.elect(stack, blocks=blocks))
+        assert np.array_equal(found.numpy(), elect_oracle(stack, None, blocks, 0, "mean"))
+
+    def test_many_tasks_are_added_in_order(self) -> None:
+        stack = cases.normal(40, 9, 31, seed=12, dtype=torch.float32) * 10.0 ** torch.arange(-20, 20)[:, None, None]
+        found = on_each_backend(lambda: ops.elect(stack, reduce="sum"))
+        assert np.array_equal(found.numpy(), elect_oracle(stack, None, None, 0, "sum"))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_tiny_and_huge_values(self, dtype: torch.dtype) -> None:
+        info = torch.finfo(dtype)
+        values = [0.0, -0.0, info.smallest_normal / 8, -info.smallest_normal / 8, 1e-30, -1e-30, info.max / 4, -1.0]
+        stack = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 3).T[:, None].contiguous()
+        for zero_sum in (-1, 0, 1):
+            found = on_each_backend(lambda z=zero_sum: ops.elect(stack, zero_sum=z))
+            assert np.array_equal(found.numpy(), elect_oracle(stack, None, None, zero_sum, "mean"))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_half_precision_is_merged_in_float32(self, dtype: torch.dtype, backend: str) -> None:
+        stack = cases.normal(3, 5, 7, seed=13).to(dtype)
+        thresholds = torch.tensor([0.1, 0.5, 0.2])
+        assert torch.equal(ops.elect(stack, thresholds), ops.elect(stack.float(), thresholds).to(dtype))
+
+    def test_strided_views_and_leading_dimensions(self, backend: str) -> None:
+        stack = random_stack(7, 6, 3, 2, 2, seed=14, dtype=torch.float64).permute(4, 3, 2, 1, 0)  # (2, 2, 3, 6, 7)
+        thresholds = cases.normal(3, 2, 2, seed=15).abs().permute(2, 1, 0)
+        found = ops.elect(stack, thresholds)
+        assert found.shape == (2, 2, 6, 7)
+        for i in range(2):
+            for j in range(2):
+                assert np.array_equal(
+                    found[i, j].numpy(), elect_oracle(stack[i, j].contiguous(), thresholds[i, j], None, 0, "mean")
+                )
+
+    def test_the_same_bits_for_any_number_of_threads(self, backend: str, restore_threads: None) -> None:
+        stack = random_stack(2, 5, 90, 90, seed=16, dtype=torch.float32)
+        thresholds = torch.full((2, 5), 0.5)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.elect(stack, thresholds, blocks=[40, 50]))
+        assert same_bits(results[0], results[1])
+        assert same_bits(results[0], results[2])
+
+    def test_a_single_task_is_only_trimmed_and_masked(self, backend: str) -> None:
+        x = torch.tensor([[[1.0, -2.0], [3.0, -0.5]]])
+        assert ops.elect(x, torch.tensor([1.0])).tolist() == [[1.0, -2.0], [3.0, 0.0]]
+        assert ops.elect(x, blocks=[1, 1]).tolist() == [[1.0, 0.0], [0.0, -0.5]]
+
+    def test_the_input_is_left_alone(self, backend: str) -> None:
+        stack = random_stack(3, 4, 4, seed=17, dtype=torch.float32)
+        before = stack.clone()
+        ops.elect(stack, torch.ones(3), blocks=[2, 2])
+        assert torch.equal(stack, before)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------
+
+X = torch.ones(2, 5)
+STACK = torch.ones(2, 3, 4, 4)
+BINS = torch.zeros(1 << 16, dtype=torch.int64)
+
+BAD_CALLS = [
+    (lambda: ops.kth_magnitude(X, 0), ValueError, r"kth_magnitude: counts must lie in 1 \.\. 5, got 0 \.\. 0"),
+    (lambda: ops.kth_magnitude(X, torch.tensor([2, 6])), ValueError, r"must lie in 1 \.\. 5, got 2 \.\. 6"),
+    (lambda: ops.kth_magnitude(torch.ones(2, 0), 1), ValueError, r"N >= 1, got \(2, 0\)"),
+    (lambda: ops.kth_magnitude(torch.tensor(1.0), 1), ValueError, r"N >= 1, got \(\)"),
+    (lambda: ops.kth_magnitude(X.long(), 1), TypeError, r"kth_magnitude: needs a floating tensor, got torch.int64"),
+    (lambda: ops.magnitude_histogram(X.half(), BINS, shift=0, width=16), TypeError, r"got torch.float16"),
+    (lambda: ops.magnitude_histogram(X, BINS, shift=16, width=16), ValueError, r"shift 16 and width 16 .* 31 bits"),
+    (lambda: ops.magnitude_histogram(X, BINS, shift=-1, width=16), ValueError, r"shift -1"),
+    (lambda: ops.magnitude_histogram(X, BINS, shift=0, width=17), ValueError, r"width 17"),
+    (lambda: ops.magnitude_histogram(X, BINS, shift=0, width=15), ValueError, r"int64 CPU tensor of 32768 counts"),
+    (lambda: ops.magnitude_histogram(X, BINS.float(), shift=0, width=16), ValueError, r"out must be"),
+    (lambda: ops.elect(STACK.long()), TypeError, r"elect: needs a floating tensor, got torch.int64"),
+    (lambda: ops.elect(torch.ones(4, 4)), ValueError, r"needs stack \(\.\.\., T, rows, cols\)"),
+    (lambda: ops.elect(torch.ones(0, 4, 4)), ValueError, r"T >= 1, got \(0, 4, 4\)"),
+    (lambda: ops.elect(STACK, torch.ones(3)), ValueError, r"thresholds must be \(2, 3\), got \(3,\)"),
+    (lambda: ops.elect(STACK, blocks=[1, 2]), ValueError, r"blocks must be sizes adding up to 4 = 4, got \[1, 2\]"),
+    (lambda: ops.elect(STACK, blocks=[-1, 5]), ValueError, r"blocks must be sizes"),
+    (lambda: ops.elect(torch.ones(2, 3, 4), blocks=[3]), ValueError, r"adding up to 3 = 4"),
+    (lambda: ops.elect(STACK, zero_sum=2), ValueError, r"zero_sum must be -1, 0 or 1 .* got 2"),
+    (lambda: ops.elect(STACK, reduce="max"), ValueError, r"reduce 'mean' or 'sum', got 0, 'max'"),
+]
+
+
+@pytest.mark.parametrize(("call", "exception", "message"), BAD_CALLS)
+def test_wrong_arguments_are_named(call: Callable[[], object], exception: type[Exception], message: str) -> None:
+    with pytest.raises(exception, match=message):
+        call()
