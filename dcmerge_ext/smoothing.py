@@ -29,7 +29,7 @@ def smooth_energy(S: Tensor, kind: Smoothing = "average", *, rho: float = 5.0, t
     """
     if rho < 1 or not 0 <= tau <= 1:
         raise ValueError(f"smooth_energy: needs rho >= 1 and 0 <= tau <= 1, got rho={rho}, tau={tau}")
-    if kind == "none":
+    if kind == "none" or S.shape[-1] == 0:
         return S
     live = S > 0
     count = live.sum(-1, keepdim=True).clamp(min=1)

@@ -69,6 +69,10 @@ def _lapack(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ConvergenceError(f"SVD of a {A.shape[-2]} x {A.shape[-1]} matrix failed: {error}") from error
+    if not bool(S[..., :1].isfinite().all()):
+        raise ConvergenceError(
+            f"SVD of a {A.shape[-2]} x {A.shape[-1]} matrix failed: not finite, or singular values beyond {A.dtype}"
+        )
     return U, S, Vh
 
 

@@ -13,7 +13,7 @@ from dcmerge_ext import LowRank
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.updates import UpdateSpec
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -93,7 +93,7 @@ def dense_specs(count: int, m: int, n: int) -> list[UpdateSpec]:
     return [UpdateSpec((m, n), None, torch.float32)] * count
 
 
-# --- worked numbers: a 4 x 4 pair of updates of rank 2, float64 --------------------------------------------------------
+# --- worked numbers: a 4 x 4 pair of updates of rank 2, float64 ------------------------------------------------------
 
 B1 = [[1, 0], [0, 1], [1, 1], [0, 1]]
 A1 = [[1, 2, 0, 1], [0, 1, 1, 0]]
@@ -186,7 +186,7 @@ WORKED_CORE_MAGNITUDES = [
     [1.256168, 0.304103, 0.346348, 0.708494],
 ]
 
-# --- worked numbers: three task vectors of ten entries -----------------------------------------------------------------
+# --- worked numbers: three task vectors of ten entries ---------------------------------------------------------------
 
 TASK_VECTORS = [
     [0.5, -0.4, 0.3, -0.2, 0.1, 0, 0.6, -0.7, 0.05, 0.2],
@@ -204,7 +204,7 @@ WORKED_TIES = [
     (1.0, "mean", (9, 9, 10), [-0.9, 0.25, -0.5, -0.2, 0.2, 0.55, 0.325, -0.4, 0.325, math.nan]),
 ]
 
-# --- what the published code of DC-Merge keeps -------------------------------------------------------------------------
+# --- what the published code of DC-Merge keeps -----------------------------------------------------------------------
 
 # options, tasks, rank of each, q = min(m, n), entries kept of each core
 KEPT_COUNTS = [
@@ -240,7 +240,7 @@ FULL_RANKS = [
     (98, 49, 1),  # 98 * (1 / 49) lies just below 2
 ]
 
-# --- dc_merge against the algorithm written out ------------------------------------------------------------------------
+# --- dc_merge against the algorithm written out ----------------------------------------------------------------------
 
 # m, n, tasks, rank (None: the default), options
 PUBLISHED = [
@@ -280,7 +280,7 @@ PRESET_CASES = [
     ("vlm", 96, 130, 4),
 ]
 
-# --- options that are refused ------------------------------------------------------------------------------------------
+# --- options that are refused ----------------------------------------------------------------------------------------
 
 # method, options, part of the message (a regular expression)
 REFUSED_OPTIONS = [
@@ -326,7 +326,7 @@ REFUSED_OPTIONS = [
     ("ties", {"disjoint": "max"}, r"disjoint"),
 ]
 
-# --- registered methods --------------------------------------------------------------------------------------------------
+# --- registered methods ----------------------------------------------------------------------------------------------
 
 # Options that leave a single task as it is; methods that are not here do so at their defaults.
 NOTHING_TRIMMED: dict[str, dict[str, Any]] = {"dc_merge": {"smoothing": "none"}, "ties": {"keep": 1.0}}

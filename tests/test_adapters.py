@@ -237,6 +237,20 @@ class TestEqualsPeft:
         found = families.adapted_outputs(base, transformers.ViTModel, tmp_path / "out")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
+    def test_one_adapts_what_another_replaces(
+        self, bert: Path, bert_adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The pooler: factors in one adapter, a whole new weight in the other."""
+        settings = {"r": 3, "lora_alpha": 6, "target_modules": ["pooler.dense"]}
+        chosen = [
+            families.save_lora(bert, BertModel, tmp_path / "a", seed=1, **settings),
+            bert_adapters["saved modules"],
+        ]
+        for order in (chosen, chosen[::-1]):
+            out = tmp_path / f"out {order[0].name}"
+            arguments = ("--base", bert, *tasks(*order), "--method", "task_arithmetic", "--scale", "1")
+            expect_sum(bert, merged(capsys, out, *arguments), BertModel, order)
+
     def test_dora_with_full_models_and_adapters(
         self, bert: Path, bert_adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

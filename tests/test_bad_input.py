@@ -23,7 +23,9 @@ from families import refused, run, tasks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dcmerge_ext import merge_checkpoints
 from dcmerge_ext.cli import main
+from dcmerge_ext.errors import InputError
 
 BASE = families.toy()
 TUNED = families.tuned(BASE, 1)
@@ -330,6 +332,20 @@ class TestTensors:
         task = families.write_model(tmp_path / "task", {**TUNED, NAME: torch.zeros(shape)})
         refused(capsys, tmp_path, "--base", base, "--task", task, "--out", out, says=[task / MODEL, repr(NAME), "12x8"])
 
+    @pytest.mark.parametrize("vocab", ["error", "base", "skip"])
+    @pytest.mark.parametrize("name", ["embeddings.LayerNorm.bias", "embeddings.LayerNorm.weight", "embed_norm.weight"])
+    def test_a_model_of_another_width_is_no_vocabulary(
+        self, name: str, vocab: str, out: Path, tmp_path: Path, capsys: Capsys
+    ) -> None:
+        """A norm beside the embeddings, first in the order of names, must not be taken for one."""
+        base = families.write_model(tmp_path / "base", {name: torch.ones(8), "z.weight": torch.ones(8, 8)})
+        task = families.write_model(tmp_path / "task", {name: torch.ones(12), "z.weight": torch.ones(12, 12)})
+        message = refused(
+            capsys, tmp_path, "--base", base, "--task", task, "--out", out, "--vocab", vocab,
+            says=[repr(name), "fine-tuned from this base"],
+        )  # fmt: skip
+        assert "vocab" not in message
+
     def test_missing_tensors(self, base: Path, good: Path, out: Path, tmp_path: Path, capsys: Capsys) -> None:
         fewer = {n: v for n, v in TUNED.items() if n not in (NAME, "lm_head.weight", "mask")}
         task = families.write_model(tmp_path / "task", fewer)
@@ -558,6 +574,11 @@ class TestOptions:
         self, weight: str, base: Path, good: Path, out: Path, tmp_path: Path, capsys: Capsys
     ) -> None:
         refused(capsys, tmp_path, "--base", base, "--task", f"{good}={weight}", "--out", out, says=[good, "finite"])
+
+    def test_one_path_where_python_needs_several(self, base: Path, good: Path, out: Path) -> None:
+        """A string is a sequence of strings, too."""
+        with pytest.raises((InputError, TypeError), match="tasks"):
+            merge_checkpoints(base, str(good), out)
 
     def test_no_tasks(self, base: Path, out: Path, tmp_path: Path, capsys: Capsys) -> None:
         refused(capsys, tmp_path, "--base", base, "--out", out, says=["tasks is missing"])

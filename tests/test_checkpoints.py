@@ -124,6 +124,17 @@ class TestForms:
                 sum(v.nbytes for v in content.values()) <= limit or len([v for v in content.values() if v.numel()]) == 1
             )
 
+    def test_safetensors_come_before_pickles(
+        self, family: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Both lie in many directories; the pickle is not opened."""
+        base, models = family
+        expected = merged(capsys, tmp_path / "expected", "--base", base, *tasks(*models))
+        both = families.write_model(tmp_path / "both", BASE, "sharded")
+        (both / "pytorch_model.bin").write_bytes(b"not a pickle")
+        (both / "consolidated.safetensors").write_bytes(b"another layout of the same model")
+        equal(merged(capsys, tmp_path / "found", "--base", both, *tasks(*models)), expected)
+
     def test_a_stale_index_of_the_base_is_not_copied(
         self, tmp_path: Path, family: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -333,6 +344,26 @@ class TestSameAsInMemory:
         with use_backend("reference"):
             merge_checkpoints(base, models, tmp_path / "reference", "ties")
         equal(families.read_model(tmp_path / "reference"), families.read_model(tmp_path / "native"))
+
+
+class TestThreads:
+    @pytest.mark.parametrize("method", ELEMENTWISE)
+    @pytest.mark.usefixtures("restore_threads")
+    def test_elementwise_methods_give_the_same_bytes_on_any_number(
+        self, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        base = {f"layer{i}.weight": torch.randn(300, 250, generator=generator) for i in range(5)}
+        models = [families.tuned(base, seed) for seed in range(3)]
+        paths = [families.write_model(tmp_path / str(i), m) for i, m in enumerate([base, *models])]
+        monkeypatch.setattr(plan_module, "PANEL_ELEMENTS", 10_000)
+        outs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            merge_checkpoints(paths[0], paths[1:], tmp_path / f"out{threads}", method)
+            assert torch.get_num_threads() == threads
+            outs.append(tmp_path / f"out{threads}" / "model.safetensors")
+        assert len({out.read_bytes() for out in outs}) == 1
 
 
 class TestTies:

@@ -44,6 +44,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], 
 Family = tuple[Path, list[Path], list[Path]]
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables without line breaks in their cells."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
 def words(text: str) -> str:
     """Text without table borders and line breaks."""
     return " ".join(re.sub(r"[│┃┏┓┗┛━┳┻┡┩╇┴┬─└┘┌┐├┤┼╞╡╪═]", " ", text).split())
@@ -59,14 +65,14 @@ class TestMerge:
         assert len(lines) == 1
         assert re.fullmatch(
             re.escape(f"{out}: dc_merge of 4 tasks at scale 1.25, saved as full in ")
-            + r"\d+\.\d s \(6 tensors merged, 3 averaged, 5 copied\)",
+            + r"\d+\.\d s \(7 tensors merged, 3 averaged, 4 copied\)",
             lines[0],
         )
 
     @pytest.mark.parametrize("save_as", ["full", "adapter"])
     def test_quiet_is_silent(self, save_as: str, family: Family, tmp_path: Path, capsys: Capsys) -> None:
         """Also where there are notes and warnings."""
-        base, models, adapters = family
+        base, _models, adapters = family
         half = families.toy(dtype=torch.bfloat16)
         base = families.write_model(tmp_path / "base", half)
         more = families.write_model(tmp_path / "t", {**families.tuned(half, 0, 0.002), "more": torch.ones(1)})
@@ -135,6 +141,7 @@ class TestMerge:
         assert next(t for t in record["tensors"] if t["name"] == "lm_head.weight")["rank"] == [1, 3]
 
 
+@pytest.mark.usefixtures("wide")
 class TestPlan:
     @pytest.fixture
     def no_data(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +168,8 @@ class TestPlan:
         assert f"{method} of 4 tasks at scale" in text
         assert f"saved as full -> {tmp_path / 'out'}" in text
         merged_count, mean_count = (10, 0) if list_methods()[method].elementwise else (7, 3)
-        copied = len(BASE) - merged_count - mean_count
-        for action, count in (("merge", merged_count), ("mean", mean_count), ("copy", copied)):
-            found = re.search(rf"\b{action} (\d+) ", text)
-            assert found is not None
-            assert abs(int(found[1]) - count) <= 1, action  # frozen.weight and the empty one may count either way
+        for action, count in (("merge", merged_count), ("mean", mean_count), ("copy", 4)):
+            assert f" {action} {count} " in text
         assert "not floating point" in text
         assert re.search(r"reads [\d.]+ \w+, writes [\d.]+ \w+; about [\d.]+ \w+, peak memory about [\d.]+ \w+", text)
         assert list(tmp_path.iterdir()) == []
@@ -189,6 +193,17 @@ class TestPlan:
         assert "lm_head.weight 20x8 float32 merge dc_merge 1.5" in text
         assert "layers.0.norm.weight 8 float32 mean averaging 1.5" in text
         assert "mask 2x2 bool copy" in text
+
+    @pytest.mark.parametrize("columns", ["80", "60"])
+    def test_names_are_complete_on_a_narrow_terminal(
+        self, columns: str, family: Family, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And where the output is piped, which counts as 80 columns."""
+        monkeypatch.setenv("COLUMNS", columns)
+        base, models, _ = family
+        text = self.plan(capsys, "-v", "--base", base, *tasks(*models), "--out", tmp_path / "out")
+        assert "…" not in text
+        assert all(name in text or name in text.replace(" ", "") for name in BASE)
 
     @pytest.mark.usefixtures("no_data")
     def test_rank_of_merged_adapters(self, family: Family, tmp_path: Path, capsys: Capsys) -> None:
@@ -228,7 +243,7 @@ class TestPlan:
         assert result == Result(0, "", "")
 
     def test_notes(self, family: Family, tmp_path: Path, capsys: Capsys) -> None:
-        base, models, _ = family
+        base, _models, _ = family
         more = families.write_model(tmp_path / "more", {**TUNED[0], "more": torch.ones(2)})
         text = self.plan(capsys, "--base", base, *tasks(more), "--out", tmp_path / "out", "--extra", "ignore")
         assert f"note: {more}: 1 tensors that the base does not have are left out" in text
@@ -261,7 +276,7 @@ class TestConfig:
               keep: 0.4
               disjoint: sum
             dtype: bfloat16
-            shard_size: 2KB
+            shard_size: 1KB
             overrides:
               - match: lm_head\\..*
                 action: copy
@@ -329,6 +344,7 @@ class TestConfig:
         assert result.status == 0, result.err
 
 
+@pytest.mark.usefixtures("wide")
 class TestInfo:
     def test_lists_backends_and_reasons(self, capsys: Capsys) -> None:
         result = run(capsys, "info")
@@ -363,6 +379,7 @@ class TestInfo:
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("wide")
 class TestMethods:
     def test_lists_all(self, capsys: Capsys) -> None:
         result = run(capsys, "methods")
@@ -385,6 +402,12 @@ class TestMethods:
             assert option.meaning, "every option says what it means"
             assert words(f"{option.name} {option.type} {option.default} {option.meaning}") in text
         assert ("no options" in text) == (not options)
+        assert "msgspec" not in text  # types are for people
+
+    def test_addresses_are_complete_on_a_narrow_terminal(self, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        text = run(capsys, "methods").out
+        assert all(cls.paper in text for cls in list_methods().values())
 
     @pytest.mark.parametrize("name", ["tie", "dcmerge", "zzz"])
     def test_unknown(self, name: str, capsys: Capsys) -> None:

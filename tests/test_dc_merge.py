@@ -25,7 +25,7 @@ NO_MASK_SUM = {"smoothing": "none", "aggregate": "sum", "block_size": 0}
 MASKED_SUM = {"smoothing": "none", "aggregate": "sum"}
 
 
-# --- the published algorithm, written out -----------------------------------------------------------------------------
+# --- the published algorithm, written out ----------------------------------------------------------------------------
 
 
 def smoothed(s: Tensor, kind: str, rho: float, tau: float) -> Tensor:
@@ -123,7 +123,7 @@ class TestPublishedAlgorithm:
         assert cases.error(average, none) > 1e-3
 
 
-# --- identities ---------------------------------------------------------------------------------------------------------
+# --- identities ------------------------------------------------------------------------------------------------------
 
 
 class TestIdentities:
@@ -250,7 +250,7 @@ class TestIdentities:
         assert cases.error(dc_merge(updates, aggregate="mean"), total / 3) < 1e-14
 
 
-# --- degenerate input ----------------------------------------------------------------------------------------------------
+# --- degenerate input ------------------------------------------------------------------------------------------------
 
 
 class TestDegenerate:
@@ -424,7 +424,7 @@ class TestDegenerate:
             merge_updates({"layer.weight": [good, bad, good]})
 
 
-# --- forms of input and output --------------------------------------------------------------------------------------------
+# --- forms of input and output ---------------------------------------------------------------------------------------
 
 
 class TestForms:
@@ -538,7 +538,7 @@ def one_core_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
     return shapes
 
 
-# --- how it is computed ----------------------------------------------------------------------------------------------------
+# --- how it is computed ----------------------------------------------------------------------------------------------
 
 
 class TestComputation:

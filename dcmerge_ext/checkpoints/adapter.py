@@ -184,15 +184,16 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         """lora_alpha / r, or / sqrt(r) with rsLoRA, by the patterns of the configuration."""
-        expected = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
-        if expected is not None and int(expected) != rank:
+        where = self.path / CONFIG_NAME
+        expected = _by_pattern(where, self.config.get("rank_pattern"), module, self.config.get("r"))
+        if expected is not None and expected != rank:
             raise InputError(
-                f"{self.path / CONFIG_NAME}: gives rank {expected} to {module!r}, whose factors in "
+                f"{where}: gives rank {expected} to {module!r}, whose factors in "
                 f"{self.file.label} have rank {rank}; its scale lora_alpha / r would be wrong"
             )
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        alpha = _by_pattern(where, self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-            raise InputError(f"{self.path / CONFIG_NAME}: lora_alpha is {alpha!r}, needs a number")
+            raise InputError(f"{where}: lora_alpha is {alpha!r}, needs a number")
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
@@ -200,12 +201,14 @@ def is_adapter(path: Path) -> bool:
     return path.is_dir() and (path / CONFIG_NAME).exists()
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+def _by_pattern(where: Path, patterns: Any, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module path, as PEFT resolves them."""
+    if patterns and not isinstance(patterns, dict):
+        raise InputError(f"{where}: patterns must map module names to numbers, got {patterns!r}")
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise InputError(f"{CONFIG_NAME}: pattern {pattern!r} is not a regular expression ({error})") from error
+            raise InputError(f"{where}: pattern {pattern!r} is not a regular expression ({error})") from error
     return default

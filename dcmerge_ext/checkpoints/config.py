@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods.base import nearest
 
 Action = Literal["copy", "mean", "merge"]
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Override(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +96,12 @@ def build_config(values: Mapping[str, Any], where: str = "configuration") -> Mer
         config = msgspec.convert(dict(values), MergeConfig)
     except msgspec.ValidationError as error:
         raise OptionError(f"{where}: {error}") from error
+    for name, scale in [
+        ("scale", config.scale),
+        *((f"scale of override {o.match!r}", o.scale) for o in config.overrides),
+    ]:
+        if scale is not None and not math.isfinite(scale):
+            raise OptionError(f"{where}: {name} must be a finite number, got {scale}")
     for override in config.overrides:
         try:
             re.compile(override.match)

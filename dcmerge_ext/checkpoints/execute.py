@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -68,7 +69,8 @@ class Executor:
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
-            return list(pool.map(work, tensors))
+            # each call in a copy of the caller's context: a backend chosen by use_backend holds there too
+            return list(pool.map(lambda context, t: context.run(work, t), [copy_context() for _ in tensors], tensors))
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # new threads inherit the last value set anywhere
@@ -111,34 +113,38 @@ class Executor:
         for rows in tensor.panels():
             base = self.plan.base.read(tensor.name, rows)
             _digest(digest, base)
-            store(tensor.name, rows, base.to(tensor.out_dtype))
+            store(tensor.name, rows, self._cast(base, base, tensor))
             self._advance(base.nbytes)
         return TensorResult(tensor.name, tensor.action, digests=[digest.digest()])
 
     def _stored(self, base: Tensor, merged: Update, tensor: TensorPlan, facts: dict[str, Any]) -> Tensor:
-        """base + scale * merged in the compute dtype, cast once; the base's own bits where nothing changes.
-
-        Raises:
-            InputError: the base is not finite, or the sum overflows the output's dtype.
-        """
+        """base + scale * merged in the compute dtype, cast once; the base's own bits where nothing changes."""
         if _is_zero(merged):
-            return base.to(tensor.out_dtype)
+            return self._cast(base, base, tensor)
         dense = merged.dense() if isinstance(merged, LowRank) else merged
         exact = dense.reshape(base.shape).mul_(tensor.scale).to(base.device)
         halved = tensor.out_dtype.itemsize < exact.dtype.itemsize
         change = _norm(exact) if halved else 0.0
         exact += base.to(exact.dtype)
-        stored = exact.to(tensor.out_dtype)
+        stored = self._cast(exact, base, tensor)
+        if halved:
+            _accumulate(facts, "rounding_norm", [_norm(exact.sub_(stored))])
+            _accumulate(facts, "change_norm", [change])
+            _accumulate(facts, "base_norm", [_norm(base)])
+        return stored
+
+    def _cast(self, values: Tensor, base: Tensor, tensor: TensorPlan) -> Tensor:
+        """``values`` in the dtype of the output, refused where they are not finite there."""
+        if values is base and tensor.out_dtype == base.dtype:
+            return base  # as the base has it, whatever it holds
+        stored = values.to(tensor.out_dtype)
         if not math.isfinite(_norm(stored)):
             if bad := count_nonfinite(base):
                 raise InputError(
                     f"{self.plan.base.where(tensor.name)}: tensor {tensor.name!r} of the base holds {bad} NaN or Inf values"
                 )
-            raise InputError(f"tensor {tensor.name!r}: the result overflows {tensor.out_dtype}; pass --dtype float32")
-        if halved:
-            _accumulate(facts, "rounding_norm", [_norm(exact.sub_(stored))])
-            _accumulate(facts, "change_norm", [change])
-            _accumulate(facts, "base_norm", [_norm(base)])
+            kind = str(tensor.out_dtype).removeprefix("torch.")
+            raise InputError(f"tensor {tensor.name!r}: values overflow {kind}; choose a wider dtype or a smaller scale")
         return stored
 
     def _survey(self, method: Method | None) -> None:

@@ -37,15 +37,14 @@ class SafetensorsFile:
         self.aliases: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         try:
+            with open(path, "rb"):
+                pass  # safe_open reports a file it may not read as missing
             self._file = safe_open(path, framework="pt")
             for name in self._file.keys():  # noqa: SIM118 - not a mapping
                 header = self._file.get_slice(name)
                 dtype = SAFETENSORS_DTYPES.get(header.get_dtype())
                 if dtype is None:
-                    raise InputError(
-                        f"{path}: tensor {name!r} has dtype {header.get_dtype()}, which cannot be merged; "
-                        "dequantise or convert the model to float32, bfloat16 or float16 first"
-                    )
+                    raise _unmergeable(path, name, header.get_dtype())
                 self.specs[name] = TensorSpec(tuple(header.get_shape()), dtype)
         except SafetensorError as error:
             raise InputError(f"{path}: not a complete safetensors file ({error}); download or save it again") from error
@@ -83,6 +82,8 @@ def open_pickle(path: Path) -> StateDict:
             raise InputError(
                 f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; save model.state_dict() alone"
             )
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
+            raise _unmergeable(path, name, str(tensor.dtype).removeprefix("torch."))
     return StateDict(content, str(path))
 
 
@@ -112,6 +113,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
+
+
+def _unmergeable(path: Path, name: str, dtype: str) -> InputError:
+    return InputError(
+        f"{path}: tensor {name!r} has dtype {dtype}, which cannot be merged; "
+        "dequantise or convert the model to float32, bfloat16 or float16 first"
+    )
 
 
 def _first_line(error: Exception) -> str:

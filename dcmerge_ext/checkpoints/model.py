@@ -29,8 +29,8 @@ class ModelFiles:
         if path.is_dir():
             if (path / "config.json").is_file():
                 self.config = read_json(path / "config.json")
-            if "quantization_config" in self.config:
-                kind = self.config["quantization_config"].get("quant_method", "unknown method")
+            if quantization := self.config.get("quantization_config"):
+                kind = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
                 raise InputError(f"{path}: quantised model ({kind}); dequantise it before merging")
             self._open_directory(path)
         else:

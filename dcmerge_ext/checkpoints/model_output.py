@@ -17,7 +17,7 @@ from dcmerge_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from dcmerge_ext.checkpoints.source import TensorSpec
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".ckpt"}
-_LEFT_OUT = {"README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "dcmerge.json"}
+_LEFT_OUT = {"trainer_state.json", "dcmerge.json", "dcmerge_timings.json"}
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab"}
 
 
@@ -65,21 +65,15 @@ def copy_side_files(base: Path, directory: Path, dtype: torch.dtype | None) -> N
     """
     if not base.is_dir():
         return
-    for source in sorted(base.rglob("*")):
-        relative = source.relative_to(base)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        wanted = source.suffix in _COPIED_SUFFIXES and source.suffix not in _WEIGHT_SUFFIXES
-        if (
-            hidden
-            or not wanted
-            or source.name in _LEFT_OUT
-            or source.name.endswith(".index.json")
-            or not source.is_file()
-        ):
-            continue
-        target = directory / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    subdirectories = [d for d in sorted(base.iterdir()) if d.is_dir() and not d.name.startswith(".")]
+    # such as 1_Pooling of sentence-transformers; one that holds weights is a model of its own
+    own = [d for d in subdirectories if not any(f.suffix in _WEIGHT_SUFFIXES for f in d.rglob("*"))]
+    for source in [f for d in [base, *own] for f in sorted(d.iterdir())]:
+        wanted = source.suffix in _COPIED_SUFFIXES and source.name not in _LEFT_OUT
+        if source.is_file() and wanted and not source.name.startswith(".") and not source.name.endswith(".index.json"):
+            target = directory / source.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
     config_path = directory / "config.json"
     if dtype is not None and config_path.exists():
         config = read_json(config_path)

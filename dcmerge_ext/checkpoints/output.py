@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dcmerge_ext.errors import InputError, RunError
@@ -14,14 +14,18 @@ RECORD_NAME = "dcmerge.json"
 
 def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Raise InputError where the output directory may not be written."""
-    partial = partial_of(out)
     resolved = out.resolve()
+    if not resolved.name:
+        raise InputError(f"{out}: is no place for an output directory")
+    partial = partial_of(out)
     for path in inputs:
         if resolved == path.resolve() or resolved in path.resolve().parents:
             raise InputError(f"{out}: is, or holds, the input {path}; choose another output directory")
     if out.exists() or out.is_symlink():
         if not overwrite:
             raise InputError(f"{out}: exists already; choose another output directory or pass --overwrite")
+        if out.is_symlink():
+            raise InputError(f"{out}: is a link; --overwrite replaces directories only")
         if not (out.is_dir() and ((out / RECORD_NAME).exists() or not any(out.iterdir()))):
             raise InputError(f"{out}: is not the output of an earlier merge (no {RECORD_NAME}); --overwrite refuses it")
     if partial.exists() and not overwrite:
@@ -49,23 +53,34 @@ def work_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         InputError: the directory cannot be made.   RunError: writing failed (disk full, device gone).
     """
     partial = partial_of(out)
+    made = [parent for parent in partial.parents if not parent.exists()]
     try:
         if overwrite and partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
     except OSError as error:
+        _remove(partial, made)
         raise InputError(f"{partial}: cannot be made ({error.strerror or error})") from error
     try:
         yield partial
         _replace(partial, out)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise RunError(
-            f"{out}: writing failed ({error.strerror or error}); nothing was left behind. Free space or choose another place"
+            f"{out}: writing failed ({error.strerror or error}); nothing was left behind. "
+            "Free space or choose another place"
         ) from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise
+
+
+def _remove(partial: Path, made: Sequence[Path]) -> None:
+    """Take back the work directory and the parents that were made for it."""
+    shutil.rmtree(partial, ignore_errors=True)
+    for parent in made:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def partial_of(out: Path) -> Path:
@@ -78,5 +93,9 @@ def _replace(partial: Path, out: Path) -> None:
         return
     old = out.with_name(out.name + ".replaced")
     out.rename(old)  # the earlier output survives until the new one stands
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
     shutil.rmtree(old)

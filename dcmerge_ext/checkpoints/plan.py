@@ -79,18 +79,21 @@ class Plan:
         return {action: sum(t.action == action for t in self.tensors) for action in ("merge", "mean", "copy")}
 
 
-def make_plan(base: TensorSource, tasks: Sequence[Task], config: MergeConfig, *, with_base: bool = True) -> Plan:
+def make_plan(
+    base: TensorSource, tasks: Sequence[Task], config: MergeConfig, *, with_base: bool = True, in_memory: bool = False
+) -> Plan:
     """Decide action, method and scale of every tensor and check everything that headers can show.
 
     Args:
         with_base: False when there is no base model: ``base`` then only lists what the adapters touch.
+        in_memory: the caller has no --extra or --vocab to be pointed to.
     Raises:
         InputError: shapes, names or options that do not fit, naming file and tensor.
     """
     weights = check_weights(config.weights, len(tasks))
     method = create(config.method, config.options)
-    notes = _check_names(tasks, config)
-    planner = _Planner(base, tasks, config, method, with_base)
+    notes = _check_names(tasks, config, in_memory)
+    planner = _Planner(base, tasks, config, method, with_base, in_memory)
     tensors = tuple(planner.tensor(name) for name in sorted(base.specs))
     for override, used in planner.override_uses.items():
         if not used:
@@ -99,7 +102,7 @@ def make_plan(base: TensorSource, tasks: Sequence[Task], config: MergeConfig, *,
     return Plan(base, tuple(tasks), weights, method, scale, tensors, tuple(notes + planner.notes))
 
 
-def _check_names(tasks: Sequence[Task], config: MergeConfig) -> list[str]:
+def _check_names(tasks: Sequence[Task], config: MergeConfig, in_memory: bool) -> list[str]:
     notes = []
     for task in tasks:
         if missing := task.missing:
@@ -109,10 +112,8 @@ def _check_names(tasks: Sequence[Task], config: MergeConfig) -> list[str]:
             )
         extra = task.extra
         if extra and config.extra == "error":
-            raise InputError(
-                f"{task.label}: tensor {extra[0]!r}{_and_more(extra)} is not in the base; "
-                "pass --extra ignore (extra='ignore') to leave such tensors out"
-            )
+            remedy = "leave it out of the task" if in_memory else "pass --extra ignore (extra='ignore') to leave it out"
+            raise InputError(f"{task.label}: tensor {extra[0]!r}{_and_more(extra)} is not in the base; {remedy}")
         if extra:
             notes.append(f"{task.label}: {len(extra)} tensors that the base does not have are left out")
     return notes
@@ -124,13 +125,24 @@ def _and_more(names: Sequence[str]) -> str:
 
 class _Planner:
     def __init__(
-        self, base: TensorSource, tasks: Sequence[Task], config: MergeConfig, method: Method, with_base: bool
+        self,
+        base: TensorSource,
+        tasks: Sequence[Task],
+        config: MergeConfig,
+        method: Method,
+        with_base: bool,
+        in_memory: bool,
     ) -> None:
         self.base = base
         self.tasks = tasks
         self.config = config
         self.method = method
         self.with_base = with_base
+        self.vocab_remedy = (
+            "resize it to the base's"
+            if in_memory
+            else "choose --vocab base (keep the base's tensor) or --vocab skip (leave such a task out of this tensor)"
+        )
         self.preset: Preset | None = preset_of(type(method), config.options)
         self.notes: list[str] = []
         self.override_uses = {o.match: False for o in config.overrides}
@@ -190,8 +202,7 @@ class _Planner:
                 )
             if self.config.vocab == "error":
                 raise InputError(
-                    f"{task.where(name)}: vocabulary differs: tensor {name!r} has shape {shapes}; choose --vocab base "
-                    "(keep the base's tensor) or --vocab skip (leave such a task out of this tensor)"
+                    f"{task.where(name)}: vocabulary differs: tensor {name!r} has shape {shapes}; {self.vocab_remedy}"
                 )
             if self.config.vocab == "base":
                 return (untouched,) * len(specs)

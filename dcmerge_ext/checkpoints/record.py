@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import torch
+import yaml
 
 from dcmerge_ext.backends import backends
 from dcmerge_ext.checkpoints.config import MergeConfig
@@ -21,7 +22,6 @@ from dcmerge_ext.checkpoints.execute import TensorResult, content_digest
 from dcmerge_ext.checkpoints.output import RECORD_NAME
 from dcmerge_ext.checkpoints.plan import Plan
 from dcmerge_ext.checkpoints.tasks import AdapterTask
-from dcmerge_ext.methods.base import list_methods
 
 TIMINGS_NAME = "dcmerge_timings.json"
 
@@ -139,16 +139,9 @@ def model_card(record: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read."""
     config = record["config"]
     options = {k: v for k, v in record["options"].items() if v is not None}
-    tasks = "\n".join(
-        f"| {task['path']} | {task['kind']} | {weight:g} |"
-        for task, weight in zip(record["tasks"], record["weights"], strict=True)
-    )
+    weighted = zip(record["tasks"], record["weights"], strict=True)
+    tasks = "\n".join(f"| {task['path']} | {task['kind']} | {weight:g} |" for task, weight in weighted)
     kind = "adapter" if config["save_as"] == "adapter" else "model"
-    command = ["dcmerge", "merge", *(["--base", config["base"]] if config["base"] else [])]
-    for task in config["tasks"]:
-        command += ["--task", task]
-    command += ["--method", record["method"], "--scale", f"{record['scale']:g}", "--out", config["out"]]
-    title = list_methods()[record["method"]].name
     return f"""---
 library_name: {"peft" if kind == "adapter" else "transformers"}
 tags:
@@ -157,7 +150,8 @@ tags:
 ---
 # Merged {kind}
 
-Made without training by `{title}` ({record["paper"]}) at scale {record["scale"]:g}, with dcmerge_ext {record["versions"]["dcmerge_ext"]}.
+Made without training by `{record["method"]}` ({record["paper"]}) at scale {record["scale"]:g},
+with dcmerge_ext {record["versions"]["dcmerge_ext"]}.
 
 Base: {config["base"] or "none needed: the adapters were merged among themselves"}
 
@@ -167,5 +161,28 @@ Base: {config["base"] or "none needed: the adapters were merged among themselves
 
 Options: {", ".join(f"{k}={v}" for k, v in options.items()) or "none"}. Per-tensor facts are in `{RECORD_NAME}`.
 
-    {shlex.join(command)}
+{_reproduce(record)}
 """
+
+
+def _reproduce(record: dict[str, Any]) -> str:
+    """The command that made the output, and the configuration file it needs for overrides."""
+    config = record["config"]
+    command = ["dcmerge", "merge"]
+    text = ""
+    if config["overrides"]:
+        command += ["--config", "overrides.yaml"]
+        overrides = yaml.safe_dump({"overrides": config["overrides"]}, sort_keys=False)
+        text = f"With this as `overrides.yaml`:\n\n```yaml\n{overrides}```\n\n"
+    if config["base"]:
+        command += ["--base", config["base"]]
+    for task, weight in zip(config["tasks"], record["weights"], strict=True):
+        command += ["--task", task if config["weights"] is None else f"{task}={weight!r}"]
+    command += ["--method", record["method"], "--scale", repr(record["scale"])]
+    for key, value in config["options"].items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    defaults = msgspec.to_builtins(MergeConfig(tasks=config["tasks"], out=config["out"]))
+    for key in ("device", "dtype", "save_as", "adapter_rank", "shard_size", "vocab", "extra", "lora_scale"):
+        if config[key] != defaults[key]:
+            command += [f"--{key.replace('_', '-')}", str(config[key])]
+    return f"{text}    {shlex.join([*command, '--out', config['out']])}"

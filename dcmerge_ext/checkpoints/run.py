@@ -16,6 +16,7 @@ from dcmerge_ext.checkpoints.adapter import Adapter, is_adapter
 from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
 from dcmerge_ext.checkpoints.execute import Executor, work_bytes
+from dcmerge_ext.checkpoints.files import unreadable
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.model import ModelFiles
 from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, write_model
@@ -69,6 +70,13 @@ def prepare(config: MergeConfig) -> Prepared:
     Raises:
         InputError: any problem that headers or options show.
     """
+    try:
+        return _prepare(config)
+    except OSError as error:
+        raise unreadable(Path(error.filename or config.out), error) from error
+
+
+def _prepare(config: MergeConfig) -> Prepared:
     lora_scale = _lora_scale(config)
     paths = [locate(task) for task in config.tasks]
     base_path = None if config.base is None else locate(config.base)

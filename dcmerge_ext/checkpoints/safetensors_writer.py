@@ -45,8 +45,12 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self._pwrite(struct.pack("<Q", len(text)) + text, 0)
-        os.ftruncate(self._file, self._start + end)
+        try:
+            self._pwrite(struct.pack("<Q", len(text)) + text, 0)
+            os.ftruncate(self._file, self._start + end)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def write(self, name: str, rows: slice | None, values: Tensor) -> None:
         """Write a tensor, or the rows ``rows`` of it."""

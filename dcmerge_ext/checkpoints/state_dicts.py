@@ -53,7 +53,7 @@ def merge_state_dicts(
         },
         "merge_state_dicts",
     )
-    plan = make_plan(source, [FullTask(model, source) for model in models], config)
+    plan = make_plan(source, [FullTask(model, source) for model in models], config, in_memory=True)
     executor = Executor(plan, next(iter(base.values())).device)
     merged = {
         t.name: torch.empty_like(base[t.name], requires_grad=False, memory_format=torch.contiguous_format)

@@ -86,11 +86,26 @@ class FullTask:
         return [] if own is None else [self.model.read(own, rows)]
 
     def where(self, name: str) -> str:
-        return self.model.where(name)
+        return self.model.where(self._own(name) or name)
 
     def _own(self, name: str) -> str | None:
-        """The name under which this model stores the tensor: its own, or that of the tensor it is tied to."""
-        return name if name in self.model.specs else self.model.aliases.get(name)
+        """The name under which this model stores the tensor: its own, or that of a tensor it is tied to."""
+        if name in self.model.specs:
+            return name
+        tied = [self.model.aliases.get(name), *(n for n in self._tied(name) if n in self.model.specs)]
+        return next((n for n in tied if n is not None), None)
+
+    def _tied(self, name: str) -> list[str]:
+        """Further names of the tensor in the base."""
+        return [alias for alias, stored in self._base.aliases.items() if stored == name]
+
+    def _check_tied(self, name: str, own: Tensor, rows: slice | None) -> None:
+        for twin in self._tied(name):
+            if twin in self.model.specs and not torch.equal(self.model.read(twin, rows), own):
+                raise InputError(
+                    f"{self.model.where(twin)}: {twin!r} differs from {name!r}, and {self._base.label} ties them to one "
+                    "tensor; untie them in the base first"
+                )
 
 
 class AdapterTask:

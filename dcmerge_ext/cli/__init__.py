@@ -7,9 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
+from dcmerge_ext.cli.display import make_console
 from dcmerge_ext.cli.parser import build_parser
 from dcmerge_ext.errors import BackendUnavailable, DcmergeError, InputError
 
@@ -22,7 +23,7 @@ def entry() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every error into one message and a status."""
     args = build_parser().parse_args(arguments)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = make_console(stderr=True)
     level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
     package = logging.getLogger("dcmerge_ext")
     handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
@@ -34,24 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         return status
     except (InputError, BackendUnavailable) as error:
-        errors.print(f"[bold red]error:[/] {_plain(error)}")
+        errors.print(Text("error:", "bold red"), str(error))
         return 1
     except DcmergeError as error:
-        errors.print(f"[bold red]failed:[/] {_plain(error)}")
+        errors.print(Text("failed:", "bold red"), str(error))
         return 3
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was left behind")
         return 130
     except Exception:
         errors.print_exception()
-        errors.print("[bold red]failed:[/] an internal error; please report it with the lines above")
+        errors.print(Text("failed:", "bold red"), "an internal error; please report it with the lines above")
         return 3
     finally:
         package.removeHandler(handler)
         logging.getLogger("py.warnings").removeHandler(handler)
         logging.captureWarnings(False)
-
-
-def _plain(error: Exception) -> str:
-    """The message with rich's markup switched off."""
-    return str(error).replace("[", "\\[")

@@ -10,44 +10,44 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from dcmerge_ext.backends import backends
+from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
 from dcmerge_ext.methods.base import describe_options, list_methods, nearest
 
 
 def run_info(args: argparse.Namespace) -> int:
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     console.print(
         f"dcmerge_ext {version('dcmerge-ext')}, torch {torch.__version__}, Python {platform.python_version()}"
     )
-    table = Table("backend", "state")
+    table = make_table("backend", "state")
     for name, state in backends().items():
         table.add_row(name, state)
     console.print(table)
     if args.verbose:
-        console.print(torch.__config__.show(), torch.__config__.parallel_info(), markup=False)
+        console.print(torch.__config__.show(), torch.__config__.parallel_info())
     return 0
 
 
 def run_methods(args: argparse.Namespace) -> int:
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     methods = list_methods()
     if args.name is None:
-        table = Table("method", "scope", "default scale", "what it does", "paper")
         for name, cls in methods.items():
             summary = (inspect.getdoc(cls) or "").split("\n")[0]
-            table.add_row(name, cls.scope, f"{cls().default_scale(2):g}", summary, cls.paper)
-        console.print(table)
+            console.print(
+                f"{name}\n    {summary}\n    scope {cls.scope}, default scale {cls().default_scale(2):g}, {cls.paper}"
+            )
         return 0
     if args.name not in methods:
         raise OptionError(
             f"unknown method {args.name!r}{nearest(args.name, list(methods))} (known: {', '.join(methods)})"
         )
     cls = methods[args.name]
-    console.print(f"{cls.name}   {cls.paper}\n\n{inspect.getdoc(cls)}\n", markup=False)
-    table = Table("option", "type", "default", "meaning")
+    console.print(f"{cls.name}   {cls.paper}\n\n{inspect.getdoc(cls)}\n")
+    table = make_table("option", "type", "default", "meaning")
     for option in describe_options(cls):
         table.add_row(option.name, option.type, str(option.default), option.meaning)
     console.print(table if table.rows else "no options")
@@ -57,5 +57,11 @@ def run_methods(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     from dcmerge_ext.demo import run_demo as run  # needs the optional packages of the demo
 
-    run(Path(args.out), seed=args.seed, overwrite=args.overwrite, quick=args.quick, console=Console(quiet=args.quiet))
+    run(
+        Path(args.out),
+        seed=args.seed,
+        overwrite=args.overwrite,
+        quick=args.quick,
+        console=Console(quiet=args.quiet),
+    )
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,6 +23,7 @@ from dcmerge_ext.checkpoints.config import MergeConfig, build_config, read_confi
 from dcmerge_ext.checkpoints.estimate import estimate
 from dcmerge_ext.checkpoints.execute import work_bytes
 from dcmerge_ext.checkpoints.run import Prepared, prepare, run
+from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
 
 _FIELDS = (
@@ -37,7 +37,7 @@ def run_merge(args: argparse.Namespace) -> int:
         return run_plan(args)
     prepared = prepare(config_of(args))
     for note in prepared.plan.notes:
-        Console(stderr=True, quiet=args.quiet).print(f"note: {note}", markup=False)
+        make_console(stderr=True, quiet=args.quiet).print(f"note: {note}")
     progress = Progress(
         TextColumn("merging"),
         BarColumn(),
@@ -45,18 +45,16 @@ def run_merge(args: argparse.Namespace) -> int:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=make_console(stderr=True),
         disable=args.quiet,
     )
     with progress:
         bar = progress.add_task("merge", total=work_bytes(prepared.plan))
         report = run(prepared, lambda done: progress.advance(bar, done))
     counts = prepared.plan.counts()
-    Console(quiet=args.quiet, soft_wrap=True).print(
+    make_console(quiet=args.quiet).print(
         f"{report.out}: {_summary(prepared)} in {report.seconds:.1f} s "
-        f"({counts['merge']} tensors merged, {counts['mean']} averaged, {counts['copy']} copied)",
-        markup=False,
-        highlight=False,
+        f"({counts['merge']} tensors merged, {counts['mean']} averaged, {counts['copy']} copied)"
     )
     return 0
 
@@ -66,11 +64,11 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.quiet:
         return 0
     plan = prepared.plan
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{_summary(prepared)} -> {prepared.config.out}", markup=False)
+    console = make_console()
+    console.print(f"{_summary(prepared)} -> {prepared.config.out}")
     if args.verbose:
         console.print(_tensor_table(prepared))
-    table = Table("action", "tensors", "size", "why")
+    table = make_table("action", "tensors", "size", "why")
     for action in ("merge", "mean", "copy"):
         chosen = [t for t in plan.tensors if t.action == action]
         why = sorted({t.reason for t in chosen if t.reason})
@@ -82,7 +80,7 @@ def run_plan(args: argparse.Namespace) -> int:
         f"about {_duration(cost.seconds)}, peak memory about {_size(cost.peak_bytes)} (estimates)"
     )
     for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     return 0
 
 
@@ -94,7 +92,7 @@ def config_of(args: argparse.Namespace) -> MergeConfig:
         tasks, weights = zip(*(_task(text) for text in args.tasks), strict=True)
         values["tasks"] = list(tasks)
         values["weights"] = None if all(w is None for w in weights) else [1.0 if w is None else w for w in weights]
-    options = dict(values.get("options") or {})
+    options: dict[str, Any] = {}
     for setting in args.settings or []:
         key, separator, text = setting.partition("=")
         if not separator or not key:
@@ -108,7 +106,10 @@ def config_of(args: argparse.Namespace) -> MergeConfig:
     if args.seed is not None:
         options["seed"] = args.seed
     if options:
-        values["options"] = options
+        earlier = values.get("options") or {}
+        if not isinstance(earlier, dict):
+            raise OptionError(f"{args.config}: options must map names to values, got {earlier!r}")
+        values["options"] = {**earlier, **options}
     return build_config(values, args.config or "command line")
 
 
@@ -132,7 +133,7 @@ def _summary(prepared: Prepared) -> str:
 
 
 def _tensor_table(prepared: Prepared) -> Table:
-    table = Table("tensor", "shape", "action", "method", "scale", "rank", "why")
+    table = make_table("tensor", "shape", "action", "method", "scale", "rank", "why")
     for t in prepared.plan.tensors:
         method = "" if t.method is None or t.action == "copy" else t.method.name
         rank = "" if t.merged_rank is None else str(t.merged_rank)

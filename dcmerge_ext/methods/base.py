@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import torch
@@ -149,19 +149,29 @@ class OptionInfo:
 
 
 def describe_options(cls: type[Method]) -> list[OptionInfo]:
+    """Every option of a method, in the order of its declaration."""
     hints = get_type_hints(cls, include_extras=True)
     infos = []
     for f in msgspec.structs.fields(cls):
         hint = hints[f.name]
-        meaning = ""
-        if get_origin(hint) is Annotated:
-            hint, *extras = get_args(hint)
-            meaning = next((m.description for m in extras if isinstance(m, msgspec.Meta) and m.description), "")
-        text = re.sub(
-            r"(typing|collections\.abc)\.", "", str(hint) if get_origin(hint) else getattr(hint, "__name__", str(hint))
-        )
-        infos.append(OptionInfo(f.name, text, f.default, meaning))
+        metas = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        meaning = next((m.description for m in metas if isinstance(m, msgspec.Meta) and m.description), "")
+        infos.append(OptionInfo(f.name, _type_text(hint), f.default, meaning))
     return infos
+
+
+def _type_text(hint: Any) -> str:
+    """A type as a person writes it: ``int | list of int | None``, ``'mean' | 'sum'``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _type_text(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(_type_text(argument) for argument in arguments)
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"list of {_type_text(arguments[0])}"
+    return "None" if hint is type(None) else str(hint.__name__)
 
 
 def list_methods() -> dict[str, type[Method]]:

@@ -12,7 +12,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext import ops
-from dcmerge_ext.errors import OptionError
+from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.linalg import polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method, Preset, register
@@ -76,7 +76,7 @@ class DCMerge(Method, frozen=True):
         ),
     ] = None
     rank: Annotated[
-        Rank | list[Rank] | None,
+        Rank | tuple[Rank, ...] | None,
         Meta(
             description="components kept per task, or a list with one number per task. None: the numerical rank of a LowRank; "
             "int(q / T) for dense updates, q = min(m, n); int((q - sum of LoRA ranks) / number of dense) when mixed"
@@ -112,7 +112,7 @@ class DCMerge(Method, frozen=True):
         Fraction | None,
         Meta(
             description="directions of the concatenated bases with singular values at or below this fraction of the largest "
-            "are dropped. None: 10 sqrt(max(m, k)) eps",
+            "are dropped. None: 2 sqrt(max(m, k)) eps",
         ),
     ] = None
     accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"
@@ -135,14 +135,17 @@ class DCMerge(Method, frozen=True):
         return 2.0 if num_tasks > 1 else 1.0
 
     def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
-        if isinstance(self.rank, list) and len(self.rank) != num_tasks:
+        if len(specs[0].shape) < 2:
+            raise InputError(f"dc_merge merges matrices (..., m, n), got an update of shape {specs[0].shape}")
+        if isinstance(self.rank, tuple) and len(self.rank) != num_tasks:
             raise OptionError(
                 f"rank has {len(self.rank)} entries for {num_tasks} tasks; give one number, or one per task"
             )
         q = min(specs[0].shape[-2:])
+        preset_rank = self.official is not None and "rank" in self.presets[self.official].options
         for spec, rank in zip(specs, self._asked(specs), strict=True):
             # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
-            if rank is not None and rank > q and self.official is None and spec.rank != 0:
+            if rank is not None and rank > q and not preset_rank and spec.rank != 0:
                 raise OptionError(
                     f"rank {rank} exceeds min(m, n) = {q} of a {' x '.join(map(str, spec.shape))} update; lower it, or give such tensors other options (overrides)"
                 )
@@ -200,7 +203,7 @@ class DCMerge(Method, frozen=True):
         cores = _Cores(root_u, root_v, spectra)
         sizes = self._block_sizes(slots)
         if self.aggregate == "ties":
-            blocks = _ties_blocks(cores, sizes, self._counts(live, min(updates.shape[-2:])))
+            blocks = _ties_blocks(cores, sizes, self._counts(live, min(updates.shape[-2:])).clamp(max=sum(slots) ** 2))
         else:
             blocks = _sum_blocks(cores, sizes)
             if self.aggregate == "mean":
@@ -253,7 +256,7 @@ class DCMerge(Method, frozen=True):
         return [self.block_size] * whole + ([rest] if rest else [])
 
     def _asked(self, specs: Sequence[UpdateSpec]) -> Sequence[int | None]:
-        return self.rank if isinstance(self.rank, list) else [self.rank] * len(specs)
+        return self.rank if isinstance(self.rank, tuple) else [self.rank] * len(specs)
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         ranks = self.ranks(specs, num_tasks)
