@@ -8,7 +8,7 @@ from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
 from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.merging import merge_updates
-from dcmerge_ext.methods.base import list_methods
+from dcmerge_ext.methods.registry import list_methods
 from dcmerge_ext.smoothing import smooth_energy
 from dcmerge_ext.svd import Components, truncated_svd
 

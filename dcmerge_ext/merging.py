@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import Update
-from dcmerge_ext.methods.base import Context, create, survey_model
-from dcmerge_ext.updates import Updates
+from dcmerge_ext.methods.apply import merge_with
+from dcmerge_ext.methods.registry import create
 
 
 @overload
@@ -43,22 +42,6 @@ def merge_updates(
         OptionError: unknown method or option.   InputError: shapes that differ, non-finite values, no tasks.
     """
     chosen = create(method, options)
-    named = updates if isinstance(updates, Mapping) else {"": updates}
-    if not named:
-        return {}
-    checked = {name: Updates.of(sequence, weights, name) for name, sequence in named.items()}
-    sizes = {len(u) for u in checked.values()}
-    if len(sizes) > 1:
-        raise InputError(f"merge_updates: every tensor needs the same number of tasks, got {sorted(sizes)}")
-    num_tasks = sizes.pop()
-    for u in checked.values():
-        chosen.check(u.specs, num_tasks)
-    dtype = max((u.dtype for u in checked.values()), key=lambda d: d.itemsize)
-
-    def visit(state: Any) -> None:
-        for name, u in checked.items():
-            chosen.survey(name, u, state)
-
-    state = survey_model(chosen, num_tasks, dtype, visit)
-    merged = {name: chosen.merge(u, Context(num_tasks, name, state)) for name, u in checked.items()}
-    return merged if isinstance(updates, Mapping) else merged[""]
+    if isinstance(updates, Mapping):
+        return merge_with(chosen, updates, weights)
+    return merge_with(chosen, {"": updates}, weights)[""]

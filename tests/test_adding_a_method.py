@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import dcmerge_ext as dcm
 from dcmerge_ext.cli import main
 from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import _METHODS, Context, Method, register
+from dcmerge_ext.methods.base import Context, Method
+from dcmerge_ext.methods.registry import _METHODS, register
 from dcmerge_ext.updates import Updates
 
 

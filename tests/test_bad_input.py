@@ -924,6 +924,16 @@ class TestAdapters:
             says=[adapter, "'layers.7.attn.weight'", "and 1 more", base, "another base"],
         )  # fmt: skip
 
+    def test_modules_that_fit_two_places_of_the_base(self, out: Path, tmp_path: Path, capsys: Capsys) -> None:
+        """Adapters may lack the base's prefix, but not where two prefixes fit: which one is meant cannot be known."""
+        weight = torch.ones(6, 4)
+        base = families.write_model(tmp_path / "base", {"encoder.q.weight": weight, "decoder.q.weight": weight + 1})
+        adapter = families.write_adapter(tmp_path / "a", {"q.weight": weight}, ["q"])
+        refused(
+            capsys, tmp_path, "--base", base, "--task", adapter, "--out", out,
+            says=[adapter, "'q.weight'", "encoder.q.weight", "decoder.q.weight"],
+        )  # fmt: skip
+
     def test_a_base_of_another_size(self, base: Path, out: Path, tmp_path: Path, capsys: Capsys) -> None:
         adapter = families.write_adapter(tmp_path / "a", {**BASE, NAME: torch.zeros(12, 10)}, ["layers.0.attn"])
         refused(
@@ -1071,13 +1081,14 @@ class TestFailures:
             return write(*given)
 
         monkeypatch.setattr(os, "pwrite", full)
-        open_files = len(os.listdir("/proc/self/fd"))
+        files = Path("/proc/self/fd")
+        open_files = len(list(files.glob("*")))
         if sharded:
             arguments += ["--shard-size", "1KB"]
         refused(
             capsys, tmp_path, *arguments, status=3, says=[out, os.strerror(errno.ENOSPC), "nothing was left behind"]
         )
-        assert len(os.listdir("/proc/self/fd")) <= open_files
+        assert len(list(files.glob("*"))) <= open_files
 
     @pytest.mark.parametrize("save_as", ["full", "adapter"])
     def test_file_size_limit(self, save_as: str, base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import dcmerge_ext
 from dcmerge_ext import list_methods
 from dcmerge_ext.checkpoints import files
 from dcmerge_ext.cli import main
-from dcmerge_ext.methods.base import describe_options
+from dcmerge_ext.methods.registry import describe_options
 
 METHODS = list(list_methods())
 BASE = families.toy()
@@ -132,6 +132,28 @@ class TestMerge:
         options = json.loads((tmp_path / "out" / "dcmerge.json").read_text())["options"]
         expected = {"rank": 3, "smoothing": "linear", "rho": 2, "keep": None, "block_size": 0, "count_base": "min_dim"}
         assert {k: options[k] for k in expected} == expected
+
+    @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001"])
+    def test_numbers_as_people_write_them(self, text: str, family: Family, tmp_path: Path, capsys: Capsys) -> None:
+        """YAML 1.1 takes 1e-3, the published value, for a string."""
+        base, models, _ = family
+        merged(capsys, tmp_path / "1", "--base", base, *tasks(*models), "--set", f"keep={text}")
+        assert json.loads((tmp_path / "1" / "dcmerge.json").read_text())["options"]["keep"] == 1e-3
+        file = tmp_path / "merge.yaml"
+        file.write_text(f"options: {{keep: {text}}}\nscale: {text}\n")
+        merged(capsys, tmp_path / "2", "--base", base, *tasks(*models), "--config", file)
+        record = json.loads((tmp_path / "2" / "dcmerge.json").read_text())
+        assert (record["options"]["keep"], record["scale"]) == (1e-3, 1e-3)
+
+    def test_every_note_appears_once(self, family: Family, tmp_path: Path, capsys: Capsys) -> None:
+        base, _models, _ = family
+        more = families.write_model(tmp_path / "more", {**TUNED[0], "more": torch.ones(2)})
+        file = tmp_path / "merge.yaml"
+        file.write_text("overrides: [{match: nothing, action: copy}]")
+        arguments = ("--base", base, *tasks(more), "--extra", "ignore", "--config", file)
+        text = words(run(capsys, "merge", "--out", tmp_path / "out", *arguments).err)
+        assert text.count("that the base does not have are left out") == 1
+        assert text.count("override 'nothing' matches no tensor") == 1
 
     def test_a_rank_per_task(self, family: Family, tmp_path: Path, capsys: Capsys) -> None:
         base, models, _ = family

@@ -37,7 +37,7 @@ class TestRegister:
         function = getattr(dcmerge_ext.methods, method)
         parameters = inspect.signature(function).parameters
         options = describe_options(list_methods()[method])
-        assert list(parameters) == ["updates", *(o.name for o in options)]
+        assert list(parameters) == ["updates", "weights", *(o.name for o in options)]
         for option in options:
             assert parameters[option.name].kind is inspect.Parameter.KEYWORD_ONLY
             assert parameters[option.name].default == option.default

@@ -11,7 +11,7 @@ import torch
 from dcmerge_ext import LowRank, list_methods, merge_updates
 from dcmerge_ext.errors import DcmergeError, InputError, OptionError
 from dcmerge_ext.methods import create, dc_merge
-from dcmerge_ext.methods.base import preset_of
+from dcmerge_ext.methods.registry import preset_of
 from dcmerge_ext.updates import UpdateSpec
 
 

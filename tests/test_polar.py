@@ -138,8 +138,8 @@ def test_tolerance_decides_which_directions_are_dropped() -> None:
 
 
 def test_default_tolerance_grows_with_the_side_and_the_precision() -> None:
-    assert linalg.default_tolerance(900, 4, torch.float32) == pytest.approx(300 * 2.0**-23)
-    assert linalg.default_tolerance(4, 900, torch.float64) == pytest.approx(300 * 2.0**-52)
+    assert linalg.default_tolerance(900, 4, torch.float32) == pytest.approx(60 * 2.0**-23)
+    assert linalg.default_tolerance(4, 900, torch.float64) == pytest.approx(60 * 2.0**-52)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

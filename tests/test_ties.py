@@ -14,7 +14,8 @@ from torch import Tensor
 from dcmerge_ext import LowRank, merge_updates
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import create, ties
-from dcmerge_ext.methods.base import SurveyState, survey_model
+from dcmerge_ext.methods.apply import survey_model
+from dcmerge_ext.methods.base import SurveyState
 from dcmerge_ext.updates import Updates
 
 SHAPES = {"a": (7, 5), "b": (11,), "c": (), "d": (2, 3, 4), "e": (1, 600)}

@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.methods.base import nearest
+from dcmerge_ext.methods.registry import nearest
 
 Action = Literal["copy", "mean", "merge"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -19,7 +19,8 @@ from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
 from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import Context, Method, SurveyState, survey_model
+from dcmerge_ext.methods.apply import survey_model
+from dcmerge_ext.methods.base import Context, Method, SurveyState
 from dcmerge_ext.updates import Updates, compute_dtype, count_nonfinite
 
 _T = TypeVar("_T")

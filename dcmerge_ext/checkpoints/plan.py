@@ -14,14 +14,19 @@ from dcmerge_ext.checkpoints.config import Action, MergeConfig, Override
 from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
 from dcmerge_ext.checkpoints.tasks import AdapterTask, Task
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.methods.base import Method, Preset, create, preset_of
+from dcmerge_ext.methods.base import Method, Preset
+from dcmerge_ext.methods.registry import create, preset_of
 from dcmerge_ext.updates import UpdateSpec, check_weights, compute_dtype
 
 PANEL_ELEMENTS = 1 << 18
 """Elements of a row panel of an elementwise method. 1 MB in float32: base, task and sum stay in the second-level cache;
 halving or doubling it costs about 10 %, four times as much 50 % (task arithmetic of 8 tasks)."""
 
-_VOCABULARY = re.compile(r"embed|wte|lm_head|word_embeddings|predictions\.decoder|predictions\.bias|shared\.weight")
+_VOCABULARY = {
+    1: re.compile(r"(lm_head|predictions(\.decoder)?)\.bias$"),
+    2: re.compile(r"embed|wte|lm_head|predictions\.decoder|shared\.weight"),
+}
+"""Names of tensors with a row per token, by number of dimensions."""
 _EXPERTS = re.compile(r"expert|moe")
 
 
@@ -119,6 +124,11 @@ def _check_names(tasks: Sequence[Task], config: MergeConfig, in_memory: bool) ->
     return notes
 
 
+def _is_vocabulary(name: str, spec: TensorSpec) -> bool:
+    pattern = _VOCABULARY.get(len(spec.shape))
+    return pattern is not None and pattern.search(name) is not None
+
+
 def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
@@ -196,7 +206,7 @@ class _Planner:
             if spec.shape == base.shape:
                 continue
             shapes = f"{'x'.join(map(str, spec.shape))}, the base has {base.text} ({self.base.where(name)})"
-            if spec.shape[1:] != base.shape[1:] or not _VOCABULARY.search(name):
+            if spec.shape[1:] != base.shape[1:] or not _is_vocabulary(name, base):
                 raise InputError(
                     f"{task.where(name)}: tensor {name!r} has shape {shapes}; all tasks must be fine-tuned from this base"
                 )

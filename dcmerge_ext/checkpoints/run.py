@@ -27,7 +27,7 @@ from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
 from dcmerge_ext.checkpoints.tasks import AdapterTask, FullTask, Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.methods.base import list_methods, preset_of
+from dcmerge_ext.methods.registry import list_methods, preset_of
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,8 @@ def merge_checkpoints(
     Raises:
         InputError: wrong inputs or options, naming file and tensor; nothing was written.   RunError: writing failed.
     """
+    if isinstance(tasks, (str, Path)):
+        raise InputError(f"merge_checkpoints: tasks needs a list of paths, got the one path {str(tasks)!r}")
     values = {
         "base": None if base is None else str(base),
         "tasks": [str(task) for task in tasks],

@@ -79,7 +79,9 @@ class FullTask:
     def update(self, name: str, base: Tensor | None, rows: slice | None) -> Update:
         assert base is not None
         dtype = self.spec(name).dtype
-        return torch.sub(self.raw(name, rows)[0].to(dtype), base.to(dtype))
+        (own,) = self.raw(name, rows)
+        self._check_tied(name, own, rows)
+        return torch.sub(own.to(base.device, dtype), base.to(dtype))
 
     def raw(self, name: str, rows: slice | None) -> list[Tensor]:
         own = self._own(name)
@@ -167,7 +169,7 @@ class AdapterTask:
         if name in self._values:
             assert base is not None
             dtype = self.spec(name).dtype
-            return torch.sub(self.raw(name, rows)[0].to(dtype), base.to(dtype))
+            return torch.sub(self.raw(name, rows)[0].to(base.device, dtype), base.to(dtype))
         copy = self.adapter.base_copy(self.modules[name])
         if copy is not None and base is not None and not self._is_base(name, copy, base, rows):
             raise InputError(

@@ -14,7 +14,7 @@ from rich.console import Console
 from dcmerge_ext.backends import backends
 from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
-from dcmerge_ext.methods.base import describe_options, list_methods, nearest
+from dcmerge_ext.methods.registry import describe_options, list_methods, nearest
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -35,11 +35,10 @@ def run_methods(args: argparse.Namespace) -> int:
     console = make_console()
     methods = list_methods()
     if args.name is None:
+        console.print("method  scope  default scale  paper")
         for name, cls in methods.items():
-            summary = (inspect.getdoc(cls) or "").split("\n")[0]
-            console.print(
-                f"{name}\n    {summary}\n    scope {cls.scope}, default scale {cls().default_scale(2):g}, {cls.paper}"
-            )
+            console.print(f"{name}  {cls.scope}  {cls().default_scale(2):g}  {cls.paper}")
+            console.print(f"    {(inspect.getdoc(cls) or '').splitlines()[0]}")
         return 0
     if args.name not in methods:
         raise OptionError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config, read_config
 from dcmerge_ext.checkpoints.estimate import estimate
@@ -67,7 +67,8 @@ def run_plan(args: argparse.Namespace) -> int:
     console = make_console()
     console.print(f"{_summary(prepared)} -> {prepared.config.out}")
     if args.verbose:
-        console.print(_tensor_table(prepared))
+        for line in _tensor_lines(prepared):
+            console.print(line)
     table = make_table("action", "tensors", "size", "why")
     for action in ("merge", "mean", "copy"):
         chosen = [t for t in plan.tensors if t.action == action]
@@ -132,14 +133,14 @@ def _summary(prepared: Prepared) -> str:
     return f"{plan.method.name} of {plan.num_tasks} tasks at scale {plan.scale:g}, saved as {prepared.save_as}"
 
 
-def _tensor_table(prepared: Prepared) -> Table:
-    table = make_table("tensor", "shape", "action", "method", "scale", "rank", "why")
+def _tensor_lines(prepared: Prepared) -> Iterator[str]:
+    """One line a tensor: a table would break long names."""
+    yield "tensor  shape  dtype  action  method  scale  rank"
     for t in prepared.plan.tensors:
-        method = "" if t.method is None or t.action == "copy" else t.method.name
-        rank = "" if t.merged_rank is None else str(t.merged_rank)
-        scale = "" if t.action == "copy" else f"{t.scale:g}"
-        table.add_row(t.name, t.base.text, t.action, method, scale, rank, t.reason)
-    return table
+        line = f"{t.name}  {t.base.text.replace(' ', '  ')}  {t.action}"
+        if t.method is not None and t.action != "copy":
+            line += f"  {t.method.name}  {t.scale:g}" + (f"  {t.merged_rank}" if t.merged_rank is not None else "")
+        yield line + (f"  ({t.reason})" if t.reason else "")
 
 
 def _size(count: float) -> str:

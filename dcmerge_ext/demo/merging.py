@@ -9,7 +9,7 @@ from dcmerge_ext.checkpoints.run import merge_checkpoints
 from dcmerge_ext.demo.data import TASKS, Splits
 from dcmerge_ext.demo.results import FamilyResult, Row, first_best
 from dcmerge_ext.demo.training import accuracies, accuracy, load_between, load_model, load_tuned
-from dcmerge_ext.methods.base import list_methods
+from dcmerge_ext.methods.registry import list_methods
 from dcmerge_ext.metrics import normalized_accuracy
 
 METHODS = {"averaging": "averaging", "task_arithmetic": "task arithmetic", "ties": "TIES", "dc_merge": "DC-Merge"}

@@ -15,7 +15,8 @@ from dcmerge_ext import ops
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.linalg import polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import Context, Method, Preset, register
+from dcmerge_ext.methods.base import Context, Method, Preset
+from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.sums import mean_updates
 from dcmerge_ext.smoothing import smooth_energy
 from dcmerge_ext.svd import Components, truncated_svd

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dcmerge_ext.lowrank import Update
-from dcmerge_ext.methods.base import Context, Method, register
+from dcmerge_ext.methods.base import Context, Method
+from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.sums import sum_updates
 from dcmerge_ext.updates import Updates
 

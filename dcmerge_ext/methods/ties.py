@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dcmerge_ext import ops
 from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import Context, Method, register
+from dcmerge_ext.methods.base import Context, Method
+from dcmerge_ext.methods.registry import register
 from dcmerge_ext.updates import Updates
 
 
