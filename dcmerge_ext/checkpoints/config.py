@@ -64,10 +64,24 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * factor)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write numbers: 1e-3 is one (YAML 1.2), where YAML 1.1 sees a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML, plain data only. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The keys of a YAML configuration file, checked by :func:`build_config` together with the command line."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = load_yaml(path.read_text())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

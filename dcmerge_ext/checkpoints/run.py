@@ -126,7 +126,7 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
         record = make_record(prepared.plan, config, executor.device, results)
         seconds = time.perf_counter() - started
         write_record(directory, record, results, seconds)
-    for warning in record["warnings"]:
+    for warning in record["warnings"][len(prepared.plan.notes) :]:  # the notes were known before: the caller's to show
         logger.warning("%s", warning)
     return MergeReport(out, seconds, record)
 
@@ -200,7 +200,10 @@ def merge_checkpoints(
         "overwrite": overwrite,
         "options": options,
     }
-    return run(prepare(build_config(values, "merge_checkpoints")))
+    prepared = prepare(build_config(values, "merge_checkpoints"))
+    for note in prepared.plan.notes:
+        logger.warning("%s", note)
+    return run(prepared)
 
 
 def _lora_scale(config: MergeConfig) -> Any:

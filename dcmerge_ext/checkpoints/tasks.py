@@ -231,10 +231,15 @@ def match_prefix(names: Iterable[str], base: TensorSource, label: str) -> _Renam
     candidates = [("", ""), (first, ""), *(("", head) for head in heads)]
     found: dict[tuple[str, str], list[str]] = {}
     for cut, put in candidates:
-        missing = [n for n in wanted if not n.startswith(cut) or put + n.removeprefix(cut) not in known]
-        if not missing:
-            return _Rename(cut, put, base.aliases)
-        found[cut, put] = missing
+        found[cut, put] = [n for n in wanted if not n.startswith(cut) or put + n.removeprefix(cut) not in known]
+        if (cut, put) == ("", "") and not found[cut, put]:
+            break
+    fitting = [_Rename(cut, put, base.aliases) for (cut, put), missing in found.items() if not missing]
+    if len(fitting) > 1:
+        places = " and ".join(repr(rename(wanted[0])) for rename in fitting)
+        raise InputError(f"{label}: adapts {wanted[0]!r}, which fits {places} of {base.label}; rename its tensors")
+    if fitting:
+        return fitting[0]
     missing = min(found.values(), key=len)
     raise InputError(
         f"{label}: adapts {missing[0]!r}"

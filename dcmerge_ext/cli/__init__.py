@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from rich.logging import RichHandler
+from rich.console import Console
 from rich.text import Text
 
 from dcmerge_ext.cli.display import make_console
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = make_console(stderr=True)
     level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
     package = logging.getLogger("dcmerge_ext")
-    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
+    handler = _ConsoleHandler(errors)
     package.addHandler(handler)
     package.setLevel(level)
     logging.captureWarnings(True)
@@ -51,3 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package.removeHandler(handler)
         logging.getLogger("py.warnings").removeHandler(handler)
         logging.captureWarnings(False)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines in one piece, above a progress bar. (rich's own handler breaks them at the width of the terminal.)"""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(f"{record.levelname.lower()}: {record.getMessage()}")

@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from dcmerge_ext.checkpoints.config import MergeConfig, build_config, read_config
+from dcmerge_ext.checkpoints.config import MergeConfig, build_config, load_yaml, read_config
 from dcmerge_ext.checkpoints.estimate import estimate
 from dcmerge_ext.checkpoints.execute import work_bytes
 from dcmerge_ext.checkpoints.run import Prepared, prepare, run
@@ -99,7 +99,7 @@ def config_of(args: argparse.Namespace) -> MergeConfig:
         if not separator or not key:
             raise OptionError(f"--set {setting}: write KEY=VALUE")
         try:
-            options[key] = yaml.safe_load(text)
+            options[key] = load_yaml(text)
         except yaml.YAMLError as error:
             raise OptionError(
                 f"--set {setting}: the value is not a YAML scalar ({' '.join(str(error).split())})"
