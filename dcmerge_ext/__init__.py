@@ -1,7 +1,5 @@
 """Merge fine-tuned models and LoRA adapters of one base, without training: DC-Merge and its baselines."""
 
-from importlib.metadata import version
-
 from dcmerge_ext import linalg, methods, metrics, ops
 from dcmerge_ext.backends import backends, use_backend
 from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
@@ -11,13 +9,13 @@ from dcmerge_ext.merging import merge_updates
 from dcmerge_ext.methods.registry import list_methods
 from dcmerge_ext.smoothing import smooth_energy
 from dcmerge_ext.svd import Components, truncated_svd
-
-__version__ = version("dcmerge-ext")
+from dcmerge_ext.version import __version__
 
 __all__ = [
     "Components",
     "LowRank",
     "MergeReport",
+    "__version__",
     "backends",
     "linalg",
     "list_methods",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 try:
-    from dcmerge_ext import _cpu
+    import dcmerge_ext._cpu as _cpu
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _IMPORT_ERROR: str | None = f"{error}; build it with: pip install ."
 else:

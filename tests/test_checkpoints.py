@@ -580,12 +580,12 @@ class TestOverrides:
                 {
                     "base": str(base), "tasks": [str(m) for m in models], "out": str(tmp_path / "out"), "scale": 0.5,
                     "overrides": [
+                        {"match": "attn", "action": "copy"},
                         {"match": r"lm_head\.weight", "action": "copy"},
                         {"match": r"layers\.0\.attn\.weight", "method": "task_arithmetic", "scale": 2},
                         {"match": r"layers\.0\..*weight", "action": "mean"},
                         {"match": r"layers\.1\.attn\.weight", "options": {"aggregate": "sum", "block_size": 0}},
                         {"match": r"layers\..*", "action": "copy"},
-                        {"match": r"attn", "action": "copy"},
                     ],
                 }
             )
@@ -604,7 +604,7 @@ class TestOverrides:
         torch.testing.assert_close(update(name), 2 * 3 * mean_update(name), **close)
         for name in ("layers.0.mlp.weight", "layers.0.moe.experts.weight", "layers.0.conv.weight"):
             torch.testing.assert_close(update(name), 0.5 * mean_update(name), **close)
-        assert same_bits(found["layers.0.gain"], BASE["layers.0.gain"])  # no "weight" in its name: the fifth applies
+        assert same_bits(found["layers.0.gain"], BASE["layers.0.gain"])  # no "weight" in its name: the last applies
         name = "layers.1.attn.weight"
         own = {"w": BASE[name]}, [{"w": m[name]} for m in TUNED]
         expected = merge_state_dicts(*own, scale=0.5, aggregate="sum", block_size=0)["w"]

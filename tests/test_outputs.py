@@ -202,6 +202,9 @@ class TestRecord:
         other = families.write_model(tmp_path / "changed", changed)
         assert contents(other, adapters[0])[1] != expected[1]
         assert contents(other, adapters[0])[2] == expected[2]
+        other_base = families.write_model(tmp_path / "changed_base", changed)
+        assert contents(models[0], adapters[0], of=other_base)[0] != expected[0]
+        assert contents(models[0], adapters[0], of=other_base)[1:] == expected[1:]
 
     def test_facts_of_dc_merge(self, base: Path, models: list[Path], out: Path) -> None:
         record = merge_checkpoints(base, models, out, rank=3).record

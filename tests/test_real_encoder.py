@@ -131,7 +131,11 @@ class TestFullFineTunes:
         out, partial = tmp_path / "out", tmp_path / "out.partial"
         arguments = ["merge", "--base", str(BASE), *tasks(*models), "--out", str(out)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "dcmerge_ext", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "dcmerge_ext", *arguments],
+            cwd=tmp_path,  # not the checkout, where the sources would hide the installed package
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         try:
             deadline = time.monotonic() + 60

@@ -7,7 +7,6 @@ import platform
 import shlex
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dcmerge_ext.checkpoints.execute import TensorResult, content_digest
 from dcmerge_ext.checkpoints.output import RECORD_NAME
 from dcmerge_ext.checkpoints.plan import Plan
 from dcmerge_ext.checkpoints.tasks import AdapterTask
+from dcmerge_ext.version import __version__
 
 TIMINGS_NAME = "dcmerge_timings.json"
 
@@ -34,7 +34,7 @@ def make_record(
     method = plan.method
     return {
         "versions": {
-            "dcmerge_ext": version("dcmerge-ext"),
+            "dcmerge_ext": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,13 +14,12 @@ from dcmerge_ext.backends import backends
 from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
 from dcmerge_ext.methods.registry import describe_options, list_methods, nearest
+from dcmerge_ext.version import __version__
 
 
 def run_info(args: argparse.Namespace) -> int:
     console = make_console()
-    console.print(
-        f"dcmerge_ext {version('dcmerge-ext')}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    console.print(f"dcmerge_ext {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     table = make_table("backend", "state")
     for name, state in backends().items():
         table.add_row(name, state)

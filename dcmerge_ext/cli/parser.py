@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import version
 
 from dcmerge_ext.cli import commands, merge
+from dcmerge_ext.version import __version__
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dcmerge", description="Merge fine-tuned models and LoRA adapters of one base, without training."
     )
-    parser.add_argument("--version", action="version", version=f"dcmerge {version('dcmerge-ext')}")
+    parser.add_argument("--version", action="version", version=f"dcmerge {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     noise = common.add_mutually_exclusive_group()
     noise.add_argument("-q", "--quiet", action="store_true", help="errors only")
