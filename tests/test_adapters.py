@@ -701,6 +701,19 @@ class TestWithoutBase:
             says=[first, second, "layers.1.attn.weight", "12x8", "12x10"],
         )  # fmt: skip
 
+    def test_the_same_weights_under_two_names(
+        self, bert_adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Without the base nothing tells that bert.encoder is encoder: merged apart, half of it would never be used."""
+        whole = families.save_pretrained(families.tiny("bert-classifier"), tmp_path / "base")
+        second = families.save_lora(
+            whole, transformers.BertForSequenceClassification, tmp_path / "a", seed=1, **BERT_ADAPTERS["plain"]
+        )
+        refused(
+            capsys, tmp_path, *tasks(bert_adapters["plain"], second), "--out", tmp_path / "out",
+            says=[second, "bert.encoder", "--base"],
+        )  # fmt: skip
+
     def test_adapters_of_the_encoder_and_of_the_classifier(
         self, bert: Path, bert_adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -663,6 +663,7 @@ class TestConfigFiles:
             ("overwrite: maybe", ["overwrite"]),
             ("vocab: drop", ["vocab"]),
             ("shard_size: []", ["shard_size"]),
+            (f"shard_size: 1{'0' * 400}", ["shard_size"]),
             ("options: [keep]", ["options"]),
             ("options: {kep: 0.1}", ["'kep'", "did you mean 'keep'?"]),
             ("overrides: {match: a}", ["overrides"]),
@@ -867,6 +868,13 @@ class TestAdapters:
         refused(
             capsys, tmp_path, "--base", base, "--task", adapter, "--out", out, says=[adapter / "adapter_config.json"]
         )
+
+    @pytest.mark.parametrize(("entry", "value"), [("bias", ["all"]), ("bias", {}), ("modules_to_save", 3)])
+    def test_settings_of_a_wrong_type(
+        self, entry: str, value: Any, adapter: Path, out: Path, tmp_path: Path, capsys: Capsys
+    ) -> None:
+        edit_config(adapter, **{entry: value})
+        refused(capsys, tmp_path, "--task", adapter, "--out", out, says=[adapter / "adapter_config.json", entry])
 
     @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
     def test_a_factor_without_its_partner(

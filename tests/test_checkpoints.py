@@ -219,6 +219,17 @@ class TestContent:
             alone = merge_state_dicts({"w": BASE[name][e]}, [{"w": m[name][e]} for m in TUNED], method=method)
             torch.testing.assert_close(found[name][e], alone["w"], rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_statistics_of_batch_norm_stay_valid(
+        self, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A running variance is no weight: extrapolated by a scale of 2 it turns negative, and the model returns NaN."""
+        base = {"bn.weight": torch.ones(6), "bn.running_var": torch.ones(6), "fc.weight": torch.eye(6)}
+        models = [{**families.tuned(base, i), "bn.running_var": torch.full((6,), 0.1 + 0.1 * i)} for i in range(4)]
+        paths = [families.write_model(tmp_path / str(i), m) for i, m in enumerate([base, *models])]
+        found = merged(capsys, tmp_path / "out", "--base", paths[0], *tasks(*paths[1:]), "--method", method)
+        assert found["bn.running_var"].min() > 0
+
     def test_averaging_does_not_depend_on_the_order_of_tasks(
         self, family: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

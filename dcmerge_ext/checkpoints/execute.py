@@ -64,11 +64,11 @@ class Executor:
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
-        """``work`` for every tensor, one thread each, as many at a time as torch has threads. On a GPU, in turn."""
+        """``work`` for every tensor, one thread each. On a GPU, in turn."""
         if self.device.type != "cpu":
             return [work(t) for t in tensors]
         threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(_workers(), initializer=torch.set_num_threads, initargs=(1,))
         try:
             # each call in a copy of the caller's context: a backend chosen by use_backend holds there too
             return list(pool.map(lambda context, t: context.run(work, t), [copy_context() for _ in tensors], tensors))
@@ -156,7 +156,7 @@ class Executor:
 
         def visit(state: SurveyState) -> None:
             shares: SimpleQueue[SurveyState] = SimpleQueue()
-            for _ in range(torch.get_num_threads()):
+            for _ in range(_workers()):
                 shares.put(state.fork())
 
             def see(tensor: TensorPlan) -> None:
@@ -174,6 +174,11 @@ class Executor:
                 state.join(shares.get())
 
         self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
+
+
+def _workers() -> int:
+    """Tensors merged side by side: more would wait for memory, and each holds a share of a survey."""
+    return min(torch.get_num_threads(), 16)
 
 
 def content_digest(results: Sequence[TensorResult], index: int) -> str:
