@@ -132,6 +132,14 @@ class Adapter:
                 f"{where}: initialised with {init}, which changes the base weights; convert it to an ordinary LoRA "
                 "first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
             )
+        bias, saved = self.config.get("bias"), self.config.get("modules_to_save") or []
+        if bias not in (None, "none", "all", "lora_only") or not (
+            isinstance(saved, list) and all(isinstance(m, str) for m in saved)
+        ):
+            raise InputError(
+                f"{where}: bias must be none, all or lora_only and modules_to_save a list of names, "
+                f"got {bias!r} and {saved!r}"
+            )
         for entry, title in _UNSUPPORTED.items():
             if self.config.get(entry):
                 raise InputError(f"{where}: {title} ({entry}) cannot be merged as a LoRA update")

@@ -133,7 +133,7 @@ class AdapterOutput:
         exact = "^" if any(path.endswith(f".{other}") for path in ranks for other in ranks) else ""
         pattern = {exact + path: rank for path, rank in sorted(ranks.items()) if rank != common}
         saved = sorted({m for task in self.adapters for m in task.adapter.config.get("modules_to_save") or []})
-        biases = sorted({task.adapter.config.get("bias", "none") for task in self.adapters} - {"none"})
+        biases = sorted({task.adapter.config.get("bias") or "none" for task in self.adapters} - {"none"})
         return {
             **self.adapters[0].adapter.config,
             "r": common,

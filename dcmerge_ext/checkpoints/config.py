@@ -59,7 +59,7 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(size), re.IGNORECASE)
     unit = match[2].upper() if match else ""
     factor = _UNITS.get(unit if unit.endswith("B") or not unit else unit + "B")
-    if match is None or factor is None or float(match[1]) * factor < 1:
+    if match is None or factor is None or not 1 <= float(match[1]) * factor < 2**63:
         raise OptionError(f"shard_size: {size!r} is not a size; write 5GB, 512MiB or a number of bytes")
     return int(float(match[1]) * factor)
 

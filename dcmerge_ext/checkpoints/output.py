@@ -42,7 +42,7 @@ def check_space(out: Path, needed: int) -> None:
     parent = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise InputError(f"{out}: needs {needed / 1e9:.2f} GB, the file system has {free / 1e9:.2f} GB free")
+        raise InputError(f"{out}: needs {needed / 1e6:.0f} MB, the file system has {free / 1e6:.0f} MB free")
 
 
 @contextmanager

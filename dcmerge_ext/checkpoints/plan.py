@@ -28,6 +28,7 @@ _VOCABULARY = {
 }
 """Names of tensors with a row per token, by number of dimensions."""
 _EXPERTS = re.compile(r"expert|moe")
+_STATISTICS = re.compile(r"\.running_(mean|var)$")
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,9 @@ class _Planner:
         method = self.method if override is None else self._overridden[override.match]
         scale = self._scale(method, override)
         action, reason, flat = self._action(name, base, specs, method, override)
+        if _STATISTICS.search(name) and override is None:
+            # a variance must not be extrapolated: the mean of the models', whatever the scale
+            action, reason, flat, scale = "mean", "running statistics", None, 1.0
         if flat is not None:
             specs = tuple(spec._replace(shape=flat) for spec in specs)
         if not self.with_base and any(spec.rank is None for spec in specs):

@@ -80,7 +80,7 @@ def _prepare(config: MergeConfig) -> Prepared:
     lora_scale = _lora_scale(config)
     paths = [locate(task) for task in config.tasks]
     base_path = None if config.base is None else locate(config.base)
-    check_output(Path(config.out), [*paths, *([base_path] if base_path else [])], config.overwrite)
+    check_output(Path(config.out).expanduser(), [*paths, *([base_path] if base_path else [])], config.overwrite)
     save_as = config.save_as or ("adapter" if base_path is None else "full")
     adapters = {path: Adapter(path, lora_scale=lora_scale) for path in dict.fromkeys(paths) if is_adapter(path)}
     _check_bases([adapters[path] for path in paths if path in adapters])
@@ -110,7 +110,7 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
     Raises:
         InputError: data that headers could not show (NaN); nothing is left.   RunError: writing failed.
     """
-    config, out = prepared.config, Path(prepared.config.out)
+    config, out = prepared.config, Path(prepared.config.out).expanduser()
     started = time.perf_counter()
     check_space(out, prepared.output_bytes + _METADATA_BYTES)
     executor = Executor(prepared.plan, _device(config.device), advance)

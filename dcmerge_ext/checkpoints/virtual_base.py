@@ -33,6 +33,20 @@ class VirtualBase:
             for name in adapter.values:
                 self._add(adapter, name, adapter.value_spec(name))
 
+        self._check_names(adapters)
+
+    def _check_names(self, adapters: Sequence[Adapter]) -> None:
+        """Adapters of a bare encoder and of one with a head name the same weights differently."""
+        for adapter in adapters:
+            own = {f"{module}.weight" for module in adapter.modules}
+            for name in sorted(own):
+                shorter = name.partition(".")[2]
+                if shorter in self.specs and shorter not in own and self.specs[shorter].shape == self.specs[name].shape:
+                    raise InputError(
+                        f"{adapter.label}: {name!r} and {shorter!r} of {self._owners[shorter]} look like the same weight under "
+                        "two names; give --base, which tells"
+                    )
+
     def _add(self, adapter: Adapter, name: str, spec: TensorSpec) -> None:
         if self.specs.setdefault(name, spec).shape != spec.shape:
             raise InputError(

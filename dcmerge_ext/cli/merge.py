@@ -130,7 +130,8 @@ def _task(text: str) -> tuple[str, float | None]:
 
 def _summary(prepared: Prepared) -> str:
     plan = prepared.plan
-    return f"{plan.method.name} of {plan.num_tasks} tasks at scale {plan.scale:g}, saved as {prepared.save_as}"
+    tasks = "task" if plan.num_tasks == 1 else "tasks"
+    return f"{plan.method.name} of {plan.num_tasks} {tasks} at scale {plan.scale:g}, saved as {prepared.save_as}"
 
 
 def _tensor_lines(prepared: Prepared) -> Iterator[str]:
