@@ -18,7 +18,7 @@ import torch
 from dcmerge_ext import _native, reference
 from dcmerge_ext.errors import BackendUnavailable
 
-_ENVIRONMENT = "DCMERGE_BACKEND"
+ENVIRONMENT = "DCMERGE_BACKEND"
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("dcmerge_backend", default=None)
 _warned: set[str] = set()
 
@@ -57,7 +57,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def for_device(device: torch.device) -> ModuleType:
     """The backend that runs on tensors of ``device``."""
-    forced = _chosen.get() or os.environ.get(_ENVIRONMENT)
+    forced = _chosen.get() or os.environ.get(ENVIRONMENT)
     if forced:
         _require(forced)
         if forced == "cpu" and device.type != "cpu":

@@ -1272,7 +1272,7 @@ class TestPermissions:
             result = run(capsys, *arguments)
         assert result.status == 1
         assert f"error: {out}" in result.err
-        assert "Permission denied" in result.err
+        assert f"no permission to write in {open_folder / 'closed'}" in result.err
         assert list((open_folder / "closed").iterdir()) == []
 
 

@@ -347,7 +347,7 @@ class TestConfig:
             "--method", "dc_merge",
         )  # fmt: skip
         assert result.status == 1
-        assert "method 'dc_merge' has no option 'disjoint'" in result.err
+        assert "sets options of ties, and --method dc_merge is another method" in result.err
 
     def test_weights_of_the_file_do_not_go_to_other_tasks(self, family: Family, tmp_path: Path, capsys: Capsys) -> None:
         base, models, _ = family
@@ -408,7 +408,7 @@ class TestMethods:
         assert result.status == 0
         text = words(result.out)
         for name, cls in list_methods().items():
-            assert f"{name} {cls.scope} {cls().default_scale(2):g}" in text
+            assert f"{name} {cls.kind()} {cls().default_scale(2):g}" in text
             assert cls.paper in text
 
     @pytest.mark.parametrize("method", METHODS)

@@ -294,6 +294,25 @@ class TestModelCard:
         card = (out / "README.md").read_text()
         assert "lm_head.*" in card or "--config" in card
 
+    def test_its_command_makes_the_same_merge_with_overrides(
+        self, base: Path, models: list[Path], out: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another method keeps its own default scale, in the first run and in the second."""
+        overrides = [{"match": "lm_head.*", "method": "task_arithmetic"}, {"match": ".*norm.*", "scale": 0.5}]
+        merge_checkpoints(base, models, out, overrides=overrides)
+        command, card = self.command(out), (out / "README.md").read_text()
+        (tmp_path / "overrides.yaml").write_text(card.split("```yaml\n")[1].split("```")[0])
+        first = families.read_model(out)
+        out.rename(tmp_path / "first")
+        monkeypatch.chdir(tmp_path)
+        assert main(command) == 0
+        again = families.read_model(out)
+        assert [name for name in first if not same_bits(first[name], again[name])] == []
+        records = [json.loads((folder / "dcmerge.json").read_text()) for folder in (tmp_path / "first", out)]
+        for record in records:
+            (head,) = [t for t in record["tensors"] if t["name"] == "lm_head.weight"]
+            assert (head["method"], head["scale"]) == ("task_arithmetic", 0.3)
+
     def test_names_with_spaces_and_quotes(self, tmp_path: Path, models: list[Path], capsys: Capsys) -> None:
         base = families.write_model(tmp_path / "my base's $HOME", BASE)
         out = tmp_path / "the out"
@@ -340,6 +359,15 @@ class TestOverwrite:
 
     def test_where_nothing_stands(self, again: Any, tmp_path: Path) -> None:
         assert again("--out", tmp_path / "new" / "deeper", "--overwrite").status == 0
+
+    def test_an_output_moved_aside_by_a_killed_run(self, again: Any, out: Path, tmp_path: Path) -> None:
+        """Found before the work, not after it."""
+        (tmp_path / "out.replaced").mkdir()
+        before = families.tree(tmp_path)
+        result = again("--out", out, "--overwrite")
+        assert result.status == 1
+        assert f"{tmp_path / 'out.replaced'}: an earlier output" in result.err
+        assert families.tree(tmp_path) == before
 
     def test_a_link_to_an_earlier_output(self, again: Any, out: Path, tmp_path: Path) -> None:
         """Refused with nothing changed, or replaced completely; never something between."""

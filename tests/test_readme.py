@@ -11,7 +11,9 @@ import yaml
 
 import dcmerge_ext as dcm
 from dcmerge_ext.checkpoints.config import build_config
+from dcmerge_ext.cli.merge import config_of
 from dcmerge_ext.cli.parser import build_parser
+from dcmerge_ext.methods import create
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -55,6 +57,18 @@ def test_yaml_is_a_valid_configuration() -> None:
 def test_commands_parse(line: str) -> None:
     command = line.split("#")[0].split("dcmerge ", 1)[1]
     build_parser().parse_args(command.split())
+
+
+def test_the_configuration_goes_with_the_command_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = blocks("yaml")
+    (tmp_path / "merge.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    (line,) = [line for block in blocks("bash") for line in block.splitlines() if "--config" in line]
+    command = line.split("#")[0].split("dcmerge ", 1)[1]
+    config = config_of(build_parser().parse_args(command.split()))
+    method = create(config.method, config.options)
+    for override in config.overrides:
+        create(override.method or method.name, {**({} if override.method else config.options), **override.options})
 
 
 def test_every_method_has_a_row() -> None:

@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.methods.registry import nearest
+from dcmerge_ext.methods.registry import explain, nearest
 
 Action = Literal["copy", "mean", "merge"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -101,15 +101,18 @@ def build_config(values: Mapping[str, Any], where: str = "configuration") -> Mer
     for key in values:
         if key not in known:
             raise OptionError(f"{where}: unknown key {key!r}{nearest(str(key), known)} (known: {', '.join(known)})")
-    for required in ("tasks", "out"):
+    for required, remedy in (
+        ("tasks", "give --task DIR for each model or adapter to merge"),
+        ("out", "give --out DIR for the merged model"),
+    ):
         if values.get(required) is None:
-            raise OptionError(
-                f"{where}: {required} is missing; name {'the tasks to merge' if required == 'tasks' else 'the output directory'}"
-            )
+            raise OptionError(f"{where}: {required} is missing; {remedy} (see dcmerge merge --help)")
+    if not str(values["out"]).strip():
+        raise OptionError(f"{where}: out is empty; give --out DIR for the merged model")
     try:
         config = msgspec.convert(dict(values), MergeConfig)
     except msgspec.ValidationError as error:
-        raise OptionError(f"{where}: {error}") from error
+        raise OptionError(f"{where}: {explain(error, MergeConfig)}") from error
     for name, scale in [
         ("scale", config.scale),
         *((f"scale of override {o.match!r}", o.scale) for o in config.overrides),

@@ -190,9 +190,9 @@ def content_digest(results: Sequence[TensorResult], index: int) -> str:
     return digest.hexdigest()
 
 
-def work_bytes(plan: Plan) -> int:
-    """What an executor reports to ``advance`` in total."""
-    total = sum(t.base.nbytes for t in plan.tensors)
+def work_bytes(plan: Plan, *, copies: bool) -> int:
+    """What an executor reports to ``advance`` in total; ``copies``: copied tensors are written, too."""
+    total = sum(t.base.nbytes for t in plan.tensors if copies or t.action != "copy")
     for method in {t.method for t in plan.tensors if t.method is not None and t.method.scope == "model"}:
         tensors = [t for t in plan.tensors if t.action == "merge" and t.method == method]
         total += method.num_surveys(survey_dtype(tensors)) * sum(t.base.nbytes for t in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     resolved = out.resolve()
     if not resolved.name:
         raise InputError(f"{out}: is no place for an output directory")
-    partial = partial_of(out)
+    partial, replaced = partial_of(out), _replaced_of(out)
     for path in inputs:
         if resolved == path.resolve() or resolved in path.resolve().parents:
             raise InputError(f"{out}: is, or holds, the input {path}; choose another output directory")
@@ -32,9 +33,15 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         raise InputError(
             f"{partial}: left by a run that was killed, or in use by another; delete it or pass --overwrite"
         )
+    if replaced.exists():
+        raise InputError(
+            f"{replaced}: an earlier output, left by a run that was killed; delete it, or move it back to {out}"
+        )
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"{out}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f"{out}: no permission to write in {parent}; choose another output directory")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -87,15 +94,19 @@ def partial_of(out: Path) -> Path:
     return out.absolute().with_name(out.absolute().name + ".partial")
 
 
+def _replaced_of(out: Path) -> Path:
+    return out.absolute().with_name(out.absolute().name + ".replaced")
+
+
 def _replace(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(out.name + ".replaced")
+    old = _replaced_of(out)
     out.rename(old)  # the earlier output survives until the new one stands
     try:
         partial.rename(out)
     except OSError:
         old.rename(out)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)

@@ -258,8 +258,8 @@ class _Planner:
     def _scale(self, method: Method, override: Override | None) -> float:
         if override is not None and override.scale is not None:
             return override.scale
-        if self.config.scale is not None:
-            return self.config.scale
+        if self.config.scale is not None and method.name == self.method.name:
+            return self.config.scale  # another method in an override keeps its own: scales do not compare
         return method.default_scale(len(self.tasks))
 
     def _override_method(self, override: Override) -> Method:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
+from dcmerge_ext.backends import for_device
 from dcmerge_ext.checkpoints.adapter import Adapter, is_adapter
 from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
@@ -77,6 +78,7 @@ def prepare(config: MergeConfig) -> Prepared:
 
 
 def _prepare(config: MergeConfig) -> Prepared:
+    for_device(_device(config.device))  # a forced backend that cannot run there is an error now, not half way
     lora_scale = _lora_scale(config)
     paths = [locate(task) for task in config.tasks]
     base_path = None if config.base is None else locate(config.base)
@@ -162,7 +164,8 @@ def merge_checkpoints(
         scale: coefficient of the merged update; None is the method's default.
         weights: one factor per task, default 1.
         overrides: per-tensor exceptions, each a mapping with ``match`` (a regular expression for the whole name) and
-            ``action`` ("copy", "mean", "merge"), ``method``, ``scale`` or ``options``; the first match wins.
+            ``action`` ("copy", "mean", "merge"), ``method``, ``scale`` or ``options``; the first match wins. Another
+            method than the main one takes its own default scale unless the override gives one.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         dtype: of the output's floating tensors: "keep", "float32", "bfloat16" or "float16".
         save_as: "full" or "adapter"; None is "full" with a base and "adapter" without.

@@ -38,6 +38,10 @@ def merge_state_dicts(
     Raises:
         InputError: names or shapes that differ, non-finite values, wrong options.
     """
+    if isinstance(tasks, Mapping):
+        raise InputError("merge_state_dicts: tasks needs a list of state dicts, got one; write [task]")
+    if not all(isinstance(state, Mapping) for state in (base, *tasks)):
+        raise InputError("merge_state_dicts: needs state dicts; pass model.state_dict(), not the model")
     source = StateDict(base, "base")
     if not source.specs:
         raise InputError("base: holds no tensors")

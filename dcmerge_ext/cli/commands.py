@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import platform
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from dcmerge_ext.backends import backends
+from dcmerge_ext.backends import ENVIRONMENT, available, backends
 from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
 from dcmerge_ext.methods.registry import describe_options, list_methods, nearest
@@ -24,6 +25,8 @@ def run_info(args: argparse.Namespace) -> int:
     for name, state in backends().items():
         table.add_row(name, state)
     console.print(table)
+    if forced := os.environ.get(ENVIRONMENT):
+        console.print(f"{ENVIRONMENT} forces {forced}" + ("" if available(forced) else ", which cannot run here"))
     if args.verbose:
         console.print(torch.__config__.show(), torch.__config__.parallel_info())
     return 0
@@ -33,9 +36,9 @@ def run_methods(args: argparse.Namespace) -> int:
     console = make_console()
     methods = list_methods()
     if args.name is None:
-        console.print("method  scope  default scale  paper")
+        console.print("method  works on  default scale  paper")
         for name, cls in methods.items():
-            console.print(f"{name}  {cls.scope}  {cls().default_scale(2):g}  {cls.paper}")
+            console.print(f"{name}  {cls.kind()}  {cls().default_scale(2):g}  {cls.paper}")
             console.print(f"    {(inspect.getdoc(cls) or '').splitlines()[0]}")
         return 0
     if args.name not in methods:

@@ -49,7 +49,7 @@ def run_merge(args: argparse.Namespace) -> int:
         disable=args.quiet,
     )
     with progress:
-        bar = progress.add_task("merge", total=work_bytes(prepared.plan))
+        bar = progress.add_task("merge", total=work_bytes(prepared.plan, copies=prepared.adapter is None))
         report = run(prepared, lambda done: progress.advance(bar, done))
     counts = prepared.plan.counts()
     make_console(quiet=args.quiet).print(
@@ -78,7 +78,7 @@ def run_plan(args: argparse.Namespace) -> int:
     cost = estimate(plan, prepared.output_bytes)
     console.print(
         f"reads {_size(cost.read_bytes)}, writes {_size(cost.written_bytes)}; "
-        f"about {_duration(cost.seconds)}, peak memory about {_size(cost.peak_bytes)} (estimates)"
+        f"about {_duration(cost.seconds)}, peak memory about {_size(cost.peak_bytes)} above bare torch (estimates)"
     )
     for note in plan.notes:
         console.print(f"note: {note}")
@@ -88,6 +88,11 @@ def run_plan(args: argparse.Namespace) -> int:
 def config_of(args: argparse.Namespace) -> MergeConfig:
     """The configuration file, if any, with what the command line gives on top."""
     values: dict[str, Any] = read_config(Path(args.config)) if args.config else {}
+    if args.method and values.get("options") and args.method != values.get("method", "dc_merge"):
+        raise OptionError(
+            f"{args.config}: sets options of {values.get('method', 'dc_merge')}, and --method {args.method} is another method; "
+            "take the options out of the file, or the method off the command line"
+        )
     values.update({field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None})
     if args.tasks:
         tasks, weights = zip(*(_task(text) for text in args.tasks), strict=True)

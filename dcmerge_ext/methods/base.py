@@ -65,6 +65,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """LowRank updates merge to a LowRank of rank sum of the ranks."""
     presets: ClassVar[Mapping[str, Preset]] = {}
 
+    @classmethod
+    def kind(cls) -> str:
+        """What the method works on, for people."""
+        return "whole model" if cls.scope == "model" else "elementwise" if cls.elementwise else "matrices"
+
     def default_scale(self, num_tasks: int) -> float:
         """Coefficient of the merged update where the caller gives none."""
         return 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -81,6 +82,18 @@ def _type_text(hint: Any) -> str:
     return "None" if hint is type(None) else str(hint.__name__)
 
 
+def explain(error: msgspec.ValidationError, cls: type[msgspec.Struct]) -> str:
+    """What msgspec found wrong, with the option's name first and what it takes."""
+    match = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*)`)?", str(error), re.DOTALL)
+    assert match is not None
+    text = match[1].replace("`", "")
+    if not match[2]:
+        return text
+    hint = get_type_hints(cls, include_extras=True).get(match[2])
+    takes = f" (takes {_type_text(hint)})" if hint is not None else ""
+    return f"{match[2]}: {text[0].lower()}{text[1:]}{takes}"
+
+
 def list_methods() -> dict[str, type[Method]]:
     """Name -> method class, in alphabetical order."""
     return dict(sorted(_METHODS.items()))
@@ -121,7 +134,7 @@ def create(name: str, options: Mapping[str, Any]) -> Method:
     try:
         return msgspec.convert(given, cls)
     except msgspec.ValidationError as error:
-        raise OptionError(f"method {name!r}: {error}") from error
+        raise OptionError(f"method {name!r}: {explain(error, cls)}") from error
 
 
 def preset_of(cls: type[Method], options: Mapping[str, Any]) -> Preset | None:
