@@ -405,6 +405,12 @@ class TestDegenerate:
         scaled = dc_merge([u * scale for u in updates])
         assert cases.error(scaled.double() / scale, dc_merge(updates)) < 1e-5
 
+    def test_an_empty_batch_stays_empty(self) -> None:
+        for updates in ([torch.zeros(0, 6, 5)] * 2, [LowRank(torch.zeros(0, 6, 2), torch.zeros(0, 2, 5))] * 2):
+            merged = dc_merge(updates)
+            assert type(merged) is type(updates[0])
+            assert merged.shape == (0, 6, 5)
+
     @pytest.mark.parametrize("shape", [(5,), ()])
     def test_an_update_that_is_no_matrix_is_refused(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(InputError, match=r"matri"):

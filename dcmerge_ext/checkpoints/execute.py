@@ -212,6 +212,7 @@ def _load(
     on_device = base.to(device)
     shape = tuple(base.shape) if tensor.matrix_shape is None else tensor.matrix_shape
     specs = [spec._replace(shape=shape) for spec in tensor.specs]
+    digested: set[int] = set()
 
     def load(i: int) -> Update:
         task, spec = plan.tasks[i], specs[i]
@@ -225,7 +226,8 @@ def _load(
             _refuse_nonfinite(task, tensor.name, plan, rows, update)
         if norms is not None:
             norms[i] = norm
-        if digests is not None:
+        if digests is not None and i not in digested:
+            digested.add(i)  # once, however often a method asks
             for raw in task.raw(tensor.name, rows):
                 _digest(digests[i], raw)
         return update * plan.weights[i] if plan.weights[i] != 1 else update

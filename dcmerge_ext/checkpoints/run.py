@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class MergeReport:
 
     out: Path
     seconds: float
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
 
     @property
     def warnings(self) -> list[str]:

@@ -185,7 +185,7 @@ class DCMerge(Method, frozen=True):
                 " x ".join(map(str, updates.shape)),
             )
             return mean_updates(updates, ctx.num_tasks)
-        if sum(ranks) == 0:
+        if sum(ranks) == 0 or 0 in updates.shape:
             return _zero(updates)
 
         dtype = torch.float64 if updates.all_lowrank else updates.dtype
@@ -357,5 +357,9 @@ def _basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
 
 
 def _zero(updates: Updates) -> Update:
+    """Of no components, or of an empty batch."""
+    if not updates.all_lowrank:
+        return torch.zeros(updates.shape, dtype=updates.dtype)
     *leading, m, n = updates.shape
-    return LowRank(torch.zeros(*leading, m, 0, dtype=updates.dtype), torch.zeros(*leading, 0, n, dtype=updates.dtype))
+    left = torch.zeros(*leading, m, 0, dtype=updates.dtype)
+    return LowRank(left, torch.zeros(*leading, 0, n, dtype=updates.dtype))
