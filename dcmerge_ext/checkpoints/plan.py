@@ -12,7 +12,7 @@ import torch
 
 from dcmerge_ext.checkpoints.config import Action, MergeConfig, Override
 from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
-from dcmerge_ext.checkpoints.tasks import AdapterTask, Task
+from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods.base import Method, Preset
 from dcmerge_ext.methods.registry import create, preset_of
@@ -105,7 +105,7 @@ def make_plan(
         if not used:
             notes.append(f"override {override!r} matches no tensor")
     scale = method.default_scale(len(tasks)) if config.scale is None else config.scale
-    return Plan(base, tuple(tasks), weights, method, scale, tensors, tuple(notes + planner.notes))
+    return Plan(base, tuple(tasks), weights, method, scale, tensors, tuple(notes))
 
 
 def _check_names(tasks: Sequence[Task], config: MergeConfig, in_memory: bool) -> list[str]:
@@ -155,7 +155,6 @@ class _Planner:
             else "choose --vocab base (keep the base's tensor) or --vocab skip (leave such a task out of this tensor)"
         )
         self.preset: Preset | None = preset_of(type(method), config.options)
-        self.notes: list[str] = []
         self.override_uses = {o.match: False for o in config.overrides}
         self._overridden = {o.match: self._override_method(o) for o in config.overrides}
 
@@ -281,8 +280,3 @@ def survey_dtype(tensors: Sequence[TensorPlan]) -> torch.dtype:
     """Widest compute dtype of the tensors a whole-model method sees."""
     dtypes = [spec.dtype for t in tensors for spec in t.specs] + [compute_dtype(t.base.dtype) for t in tensors]
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def adapter_of(plan: Plan, tensor: TensorPlan) -> AdapterTask:
-    """The first adapter with LoRA factors on a tensor."""
-    return next(t for t in plan.tasks if isinstance(t, AdapterTask) and tensor.name in t.modules)

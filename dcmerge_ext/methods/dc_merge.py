@@ -148,7 +148,8 @@ class DCMerge(Method, frozen=True):
             # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
             if rank is not None and rank > q and not preset_rank and spec.rank != 0:
                 raise OptionError(
-                    f"rank {rank} exceeds min(m, n) = {q} of a {' x '.join(map(str, spec.shape))} update; lower it, or give such tensors other options (overrides)"
+                    f"rank {rank} exceeds min(m, n) = {q} of a {' x '.join(map(str, spec.shape))} update; "
+                    "lower it, or give such tensors other options (overrides)"
                 )
 
     def ranks(self, specs: Sequence[UpdateSpec], num_tasks: int) -> list[int] | None:
@@ -241,7 +242,7 @@ class DCMerge(Method, frozen=True):
         cover_rank = live.sum(-1, keepdim=True)
         total = torch.full_like(cover_rank, q * q) if self.count_base == "min_dim" else cover_rank**2
         if self.keep is None:
-            # in Python integers: int(1e-3 N) as the authors count
+            # the authors' int(1e-3 N), a double product truncated, but never fewer than the components
             counts = torch.maximum((total.double() * 1e-3).long().expand_as(live), live)
         else:
             counts = (total.double() * self.keep).long().expand_as(live)
