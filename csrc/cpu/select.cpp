@@ -1,7 +1,7 @@
 // select.cpp - radix selection on the CPU.     Contract: kernels/select.h
 //
-// Mapping  digits of at most 11 bits, so that a histogram (16 KiB) stays in the first-level cache. After the first digit
-//          the few elements that share the leading bits are gathered, and the later digits look only at those.
+// Mapping  digits of at most 11 bits, so that a histogram (16 KiB) stays in the first-level cache. After the first
+//          digit the few elements that share the leading bits are gathered, and the later digits look only at those.
 // Traffic  two reads of the data: one counts, one gathers.
 // Threads  many rows: one row per thread. One long row: slices, each with its own histogram, added in slice order.
 
