@@ -116,7 +116,7 @@ class AdapterOutput:
     def _value_key(self, name: str) -> str:
         own = self._own_name(name)
         module, _, leaf = own.rpartition(".")
-        wrapped = any(m.path == module for m in self.modules.values())
+        wrapped = name.rpartition(".")[0] + ".weight" in self.modules
         return f"{PREFIX}{module}{WRAPPED}{leaf}" if wrapped else PREFIX + own
 
     def specs(self) -> dict[str, TensorSpec]:

@@ -19,7 +19,7 @@ from dcmerge_ext.backends import backends
 from dcmerge_ext.checkpoints.config import MergeConfig
 from dcmerge_ext.checkpoints.execute import TensorResult, content_digest
 from dcmerge_ext.checkpoints.output import RECORD_NAME
-from dcmerge_ext.checkpoints.plan import Plan
+from dcmerge_ext.checkpoints.plan import Plan, TensorPlan
 from dcmerge_ext.checkpoints.tasks import AdapterTask
 from dcmerge_ext.version import __version__
 
@@ -66,7 +66,7 @@ def make_record(
                 **(
                     {}
                     if r.action == "copy"
-                    else {"scale": tensors[r.name].scale, **_method_of(plan, r.name), **r.facts}
+                    else {"scale": tensors[r.name].scale, **_method_of(plan, tensors[r.name]), **r.facts}
                 ),
             }
             for r in results
@@ -118,8 +118,8 @@ def _floor(dtype: torch.dtype) -> float:
     return 0.0 if dtype.itemsize >= 4 else float(torch.finfo(dtype).eps) * 0.2
 
 
-def _method_of(plan: Plan, name: str) -> dict[str, Any]:
-    method = next(t.method for t in plan.tensors if t.name == name)
+def _method_of(plan: Plan, tensor: TensorPlan) -> dict[str, Any]:
+    method = tensor.method
     return {} if method is None or method == plan.method else {"method": method.name}
 
 

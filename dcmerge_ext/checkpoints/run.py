@@ -16,7 +16,7 @@ from dcmerge_ext.backends import for_device
 from dcmerge_ext.checkpoints.adapter import Adapter, is_adapter
 from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
-from dcmerge_ext.checkpoints.execute import Executor, work_bytes
+from dcmerge_ext.checkpoints.execute import Executor
 from dcmerge_ext.checkpoints.files import unreadable
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.model import ModelFiles
@@ -107,7 +107,7 @@ def _prepare(config: MergeConfig) -> Prepared:
 
 
 def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> MergeReport:
-    """Carry out a prepared merge. ``advance`` is told bytes worked through, :func:`work_bytes` in total.
+    """Carry out a prepared merge. ``advance`` is told bytes worked through, :func:`~dcmerge_ext.checkpoints.execute.work_bytes` in total.
 
     Raises:
         InputError: data that headers could not show (NaN); nothing is left.   RunError: writing failed.
@@ -238,6 +238,3 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-__all__ = ["MergeReport", "Prepared", "merge_checkpoints", "prepare", "run", "work_bytes"]
