@@ -9,6 +9,7 @@
 #endif
 
 #include "kernels/elect.h"
+#include "kernels/philox.h"
 #include "kernels/select.h"
 
 namespace py = pybind11;
@@ -64,6 +65,15 @@ void bind_elect(uintptr_t stack, uintptr_t thresholds, uintptr_t out, int64_t ba
     });
 }
 
+void bind_rademacher(uintptr_t out, int64_t length, uint64_t key, uint32_t task, uint32_t stream, int itemsize,
+                     int threads) {
+    py::gil_scoped_release release;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        cpu::rademacher<Float>({pointer<Float>(out), length, key, task, stream, threads});
+    });
+}
+
 std::string description() {
 #ifdef _OPENMP
     return "C++17, OpenMP " + std::to_string(_OPENMP);
@@ -86,4 +96,6 @@ PYBIND11_MODULE(_cpu, m) {
           "prefix"_a, "itemsize"_a, "threads"_a);
     m.def("elect", &bind_elect, "stack"_a, "thresholds"_a, "out"_a, "batch"_a, "tasks"_a, "rows"_a, "cols"_a,
           "blocks"_a, "num_blocks"_a, "zero_sum"_a, "mean"_a, "itemsize"_a, "threads"_a);
+    m.def("rademacher", &bind_rademacher, "out"_a, "length"_a, "key"_a, "task"_a, "stream"_a, "itemsize"_a,
+          "threads"_a);
 }

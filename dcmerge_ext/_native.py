@@ -66,3 +66,11 @@ def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None
         torch.get_num_threads(),
     )
     return out
+
+
+def rademacher(
+    rows: int, cols: int, key: int, task: int, stream: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    out = torch.empty(rows, cols, dtype=dtype, device=device)
+    _cpu.rademacher(out.data_ptr(), out.numel(), key, task, stream, out.element_size(), torch.get_num_threads())
+    return out

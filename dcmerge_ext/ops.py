@@ -5,9 +5,11 @@ Each has a twin of the same meaning in :mod:`dcmerge_ext.reference`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import xxhash
 from torch import Tensor
 
 from dcmerge_ext.backends import for_device
@@ -102,7 +104,7 @@ def elect(
         raise ValueError(f"elect: blocks must be sizes adding up to {rows} = {cols}, got {list(blocks)}")
     if zero_sum not in (-1, 0, 1) or reduce not in ("mean", "sum"):
         raise ValueError(f"elect: zero_sum must be -1, 0 or 1 and reduce 'mean' or 'sum', got {zero_sum!r}, {reduce!r}")
-    batched = _compute(stack).reshape(-1, tasks, rows, cols).contiguous()
+    batched = _compute(stack).reshape(math.prod(leading), tasks, rows, cols).contiguous()
     limits = None
     if thresholds is not None:
         if thresholds.shape != (*leading, tasks):
@@ -110,6 +112,47 @@ def elect(
         limits = thresholds.to(batched).reshape(-1, tasks).contiguous()
     merged: Tensor = for_device(stack.device).elect(batched, limits, blocks, zero_sum, reduce == "mean")
     return merged.reshape(*leading, rows, cols).to(stack.dtype)
+
+
+def rademacher(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    key: str = "",
+    task: int = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A matrix of random signs that depends on its arguments alone, never on threads, device or global generators.
+
+    Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11): element e in row-major order takes one bit of block e // 128,
+    +1 where it is 0. Hence the first rows of a taller matrix are those of a shorter one of the same width; matrices
+    that must be independent differ in seed, key, task or stream.
+
+    Args:
+        rows, cols: at least 0.
+        seed: 0 .. 2**64-1.   key: a name, usually the tensor's; with ``seed`` it makes Philox's key by xxh3-64.
+        task: 0 .. 2**32-1, one update of that tensor.   stream: 0 .. 2**32-1, one of several matrices for it.
+        dtype: floating, half precision included.   device: where the matrix is drawn.
+    Returns:
+        (rows, cols) of +1 and -1.
+    Raises:
+        ValueError: a number outside its range.   TypeError: a dtype that is not floating point.
+    """
+    for name, value, bits in (("seed", seed, 64), ("task", task, 32), ("stream", stream, 32)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"rademacher: {name} must lie in 0 .. 2**{bits}-1, got {value}")
+    if min(rows, cols) < 0:
+        raise ValueError(f"rademacher: rows and cols must not be negative, got {rows} x {cols}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"rademacher: needs a floating dtype, got {dtype}")
+    device = torch.device(device)
+    computed = dtype if dtype in _COMPUTE_DTYPES else torch.float32
+    hashed = xxhash.xxh3_64_intdigest(key.encode(), seed=seed)
+    signs: Tensor = for_device(device).rademacher(rows, cols, hashed, task, stream, computed, device)
+    return signs.to(dtype)
 
 
 def _compute(x: Tensor) -> Tensor:

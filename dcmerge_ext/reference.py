@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_WORD = 0xFFFFFFFF
+
 
 def kth_magnitude(x: Tensor, counts: Tensor) -> Tensor:
     descending = x.abs().sort(dim=-1, descending=True).values
@@ -39,3 +41,26 @@ def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None
         )
         merged = torch.where(block[:, None] == block, merged, 0)
     return merged
+
+
+def rademacher(
+    rows: int, cols: int, key: int, task: int, stream: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    block = torch.arange(-(-rows * cols // 128), device=device)
+    counter = [block & _WORD, block >> 32, torch.full_like(block, task), torch.full_like(block, stream)]
+    words = torch.stack(philox(counter, key), dim=-1)
+    bits = words[..., None] >> torch.arange(32, device=device) & 1
+    return (1 - 2 * bits).flatten()[: rows * cols].reshape(rows, cols).to(dtype)
+
+
+def philox(counter: Sequence[Tensor], key: int) -> list[Tensor]:
+    """Philox4x32-10: the four words of many counters in, four random words out, each int64 in 0 .. 2**32-1."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _WORD, key >> 32
+    for _ in range(10):
+        # int64 products wrap modulo 2**64, which leaves the bits of the unsigned product; the mask undoes the sign
+        # that the shift copies.
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return [c0, c1, c2, c3]

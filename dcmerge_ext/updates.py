@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
@@ -105,4 +106,6 @@ def count_nonfinite(update: Update) -> int:
     """Number of NaN and Inf values (in both factors of a LowRank)."""
     if isinstance(update, LowRank):
         return count_nonfinite(update.left) + count_nonfinite(update.right)
+    if math.isfinite(float(update.sum())):  # one pass and no mask; an overflowing sum of finite values is counted below
+        return 0
     return update.numel() - int(update.isfinite().sum())

@@ -18,11 +18,11 @@ from dcmerge_ext.backends import available
 BACKENDS = [name for name in ("reference", "cpu") if available(name)]
 DTYPES = [torch.float32, torch.float64]
 HALF = [torch.float16, torch.bfloat16]
+COMPUTED_IN = {torch.float64: torch.float64} | dict.fromkeys([torch.float32, *HALF], torch.float32)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    bits = [x.reshape(-1).view(torch.uint8) for x in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 
 def on_each_backend(call: Callable[[], Tensor]) -> Tensor:
@@ -53,7 +53,40 @@ def kth_by_sorting(x: Tensor, counts: Sequence[int]) -> list[float]:
     return [sorted((abs(v) for v in row), reverse=True)[k - 1] for row, k in zip(x.tolist(), counts, strict=True)]
 
 
+def values_from(data: bytes, length: int, patterns: int, shift: int, near: bool, dtype: torch.dtype) -> Tensor:
+    """Finite values from drawn bytes, two for each: drawing floats one by one takes most of a test's time.
+
+    The first ``patterns`` of them are bit patterns that lack the leading ``shift`` bits - from 12 all denormal - or, if
+    ``near``, share these bits; the others are of a few that tie.
+    """
+    seeds = np.frombuffer(data, dtype=np.uint16, count=length)
+    bits, info = np.dtype(f"u{dtype.itemsize}").type, torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    palette = np.array([*SPECIAL, least, -3 * least, info.smallest_normal - least, info.max, info.min], info.dtype)
+    ties = palette[seeds % len(palette)]
+    spread = seeds * bits(0x9E3779B97F4A7C15 % 2**info.bits)  # an odd factor: two bytes decide every bit
+    pattern = ((spread >> bits(shift)) ^ (spread[0] * bits(near))).view(palette.dtype)
+    chosen = (np.arange(length) < patterns) & np.isfinite(pattern)
+    return torch.from_numpy(np.where(chosen, pattern, ties))
+
+
 class TestKthMagnitude:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @settings(max_examples=10_000, deadline=None)
+    @given(
+        st.binary(min_size=80, max_size=80),
+        st.integers(1, 40),
+        st.integers(0, 40),
+        st.integers(0, 28),
+        st.booleans(),
+    )
+    def test_every_rank_equals_sorting(
+        self, dtype: torch.dtype, data: bytes, length: int, patterns: int, shift: int, near: bool
+    ) -> None:
+        x = values_from(data, length, patterns, shift, near, dtype)
+        found = on_each_backend(lambda: ops.kth_magnitude(x.expand(length, -1), torch.arange(length) + 1))
+        assert found.numpy().tobytes() == np.sort(x.abs().numpy())[::-1].tobytes()
+
     @settings(max_examples=300)
     @given(rows_and_counts(32))
     def test_float32_equals_sorting(self, drawn: tuple[list[list[float]], list[int]]) -> None:
@@ -297,6 +330,111 @@ class TestElect:
         before = stack.clone()
         ops.elect(stack, torch.ones(3), blocks=[2, 2])
         assert torch.equal(stack, before)
+
+
+# --- every operation -------------------------------------------------------------------------------------------------
+
+
+def degenerate_stacks(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Stacks (..., T, rows, cols) that break careless code, all finite."""
+    info = torch.finfo(dtype)
+    x = cases.normal(3, 4, 6, seed=18)
+    outlier = x.clone()
+    outlier[1, 2, 3] = -info.max
+    stacks = {
+        "flat": torch.full((3, 4, 6), -0.5),
+        "one task repeated": x[:1].expand(3, -1, -1),
+        "tasks that cancel": torch.stack([x[0], -x[0], 0 * x[0]]),
+        "zero": torch.zeros(3, 4, 6),
+        "negative zero": -torch.zeros(3, 4, 6),
+        "one outlier": outlier,
+        "times 1e-30": 1e-30 * x,
+        "times 1e30": (1e30 * x).clamp(info.min / 4, info.max / 4),
+        "denormal": info.smallest_normal / 8 * x.clamp(-4, 4),
+        "every second column": cases.normal(3, 4, 12, seed=19)[..., ::2],
+        "transposed": cases.normal(3, 6, 4, seed=20).mT,
+        "tasks innermost": cases.normal(2, 4, 6, 3, seed=21).movedim(-1, -3),
+        "one task": x[:1],
+        "one row": cases.normal(3, 1, 1_030, seed=22),
+        "one column": cases.normal(3, 1_030, 1, seed=23),
+        "one element": x[:, :1, :1],
+        "no rows": x[:, :0],
+        "no columns": x[..., :0],
+        "empty batch": torch.zeros(0, 3, 4, 6),
+        "empty batch of empty matrices": torch.zeros(0, 3, 0, 6),
+    }
+    cast = {name: stack.to(dtype) for name, stack in stacks.items()}  # keeps the strides
+    assert all(stack.isfinite().all() for stack in cast.values())
+    return cast
+
+
+@pytest.mark.parametrize("name", degenerate_stacks(torch.float32))
+class TestDegenerateInput:
+    @pytest.mark.parametrize("dtype", DTYPES + HALF)
+    def test_kth_magnitude(self, dtype: torch.dtype, name: str) -> None:
+        x = degenerate_stacks(dtype)[name]
+        for k in {1, x.shape[-1] // 2 + 1, x.shape[-1]} - {0} if x.shape[-1] else ():
+            found = on_each_backend(lambda k=k: ops.kth_magnitude(x, k))
+            assert same_bits(found, x.abs().sort(dim=-1, descending=True).values[..., k - 1])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_magnitude_histogram(self, dtype: torch.dtype, name: str) -> None:
+        x = degenerate_stacks(dtype)[name]
+        shift = 8 * dtype.itemsize - 17
+
+        def count() -> Tensor:
+            out = torch.zeros(1 << 16, dtype=torch.int64)
+            ops.magnitude_histogram(x, out, shift=shift, width=16)
+            return out
+
+        keys = x.abs().contiguous().numpy().view(f"u{dtype.itemsize}").reshape(-1) >> shift
+        assert on_each_backend(count).tolist() == np.bincount(keys.astype(np.int64), minlength=1 << 16).tolist()
+
+    @pytest.mark.parametrize("dtype", DTYPES + HALF)
+    @pytest.mark.parametrize("trimmed", [False, True])
+    def test_elect(self, dtype: torch.dtype, trimmed: bool, name: str) -> None:
+        stack = degenerate_stacks(dtype)[name]
+        *leading, tasks, rows, cols = stack.shape
+        flat = stack.reshape(*leading, tasks, rows * cols)
+        thresholds = ops.kth_magnitude(flat, rows * cols // 2 + 1) if trimmed and rows * cols else None
+        found = on_each_backend(lambda: ops.elect(stack, thresholds, zero_sum=1))
+        assert found.shape == (*leading, rows, cols)
+        for index in np.ndindex(*leading):
+            limits = None if thresholds is None else thresholds[index].to(COMPUTED_IN[dtype])
+            expected = elect_oracle(stack[index].to(COMPUTED_IN[dtype]), limits, None, 1, "mean")
+            assert same_bits(found[index], torch.from_numpy(expected).to(dtype))
+
+
+LONG = cases.normal(3, 1, 300_017, seed=24, dtype=torch.float32)
+
+
+def histogram_of(x: Tensor) -> Tensor:
+    out = torch.zeros(1 << 16, dtype=torch.int64)
+    ops.magnitude_histogram(x, out, shift=15, width=16)
+    return out
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.kth_magnitude(LONG, 30_000),
+        lambda: ops.kth_magnitude(LONG.flatten(), 30_000),
+        lambda: ops.kth_magnitude(LONG.flatten()[:300_000].reshape(3_000, 100), 10),
+        lambda: histogram_of(LONG),
+        lambda: ops.elect(LONG, torch.tensor([0.5, 1, 0.1])),
+        lambda: ops.elect(LONG.double().flatten()[:900_000].reshape(1, 4, 15, 15_000), zero_sum=1, reduce="sum"),
+        lambda: ops.elect(LONG.flatten()[:800_000].reshape(5, 400, 400), blocks=[100, 3, 297]),
+        lambda: ops.rademacher(1_001, 301, seed=1),
+        lambda: ops.rademacher(1_001, 301, seed=1, dtype=torch.float64),
+    ],
+)
+def test_one_and_two_threads_return_the_same_bytes(
+    call: Callable[[], Tensor], backend: str, restore_threads: None
+) -> None:
+    torch.set_num_threads(1)
+    alone = call()
+    torch.set_num_threads(2)
+    assert all(same_bits(call(), alone) for _ in range(3))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

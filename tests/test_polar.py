@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcmerge_ext import linalg
 from dcmerge_ext.errors import ConvergenceError
-from dcmerge_ext.linalg import polar, polar_with_values
+from dcmerge_ext.linalg.polar import default_tolerance, polar, polar_with_values
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
 SHAPES = [(40, 12), (12, 12), (12, 40), (1, 5), (5, 1), (1, 1)]
@@ -138,8 +137,8 @@ def test_tolerance_decides_which_directions_are_dropped() -> None:
 
 
 def test_default_tolerance_grows_with_the_side_and_the_precision() -> None:
-    assert linalg.default_tolerance(900, 4, torch.float32) == pytest.approx(60 * 2.0**-23)
-    assert linalg.default_tolerance(4, 900, torch.float64) == pytest.approx(60 * 2.0**-52)
+    assert default_tolerance(900, 4, torch.float32) == pytest.approx(60 * 2.0**-23)
+    assert default_tolerance(4, 900, torch.float64) == pytest.approx(60 * 2.0**-52)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcmerge_ext import LowRank, ops, smooth_energy, truncated_svd
-from dcmerge_ext.linalg import polar, polar_with_values
+from dcmerge_ext.linalg.polar import polar, polar_with_values
 from dcmerge_ext.methods import create, dc_merge, ties
 from dcmerge_ext.updates import UpdateSpec
 

@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/parallel.h"
+
 namespace dcmerge::cpu {
 namespace {
 
@@ -92,13 +94,12 @@ void elect(const ElectParams<Float>& p) {
     const int64_t size = p.rows * p.cols;
     const std::vector<Span> runs = spans(p.rows, p.cols, p.blocks, p.num_blocks);
     const int64_t per_matrix = static_cast<int64_t>(runs.size());
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.threads > 1)
-    for (int64_t index = 0; index < p.batch * per_matrix; ++index) {
+    parallel_for(p.batch * per_matrix, p.threads, [&](int64_t index) {
         const int64_t b = index / per_matrix;
         const Span run = runs[static_cast<size_t>(index % per_matrix)];
         elect_run(p.stack + b * p.tasks * size + run.begin, size, p.thresholds ? p.thresholds + b * p.tasks : nullptr,
                   p.tasks, run.length, p.zero_sum, p.mean, p.out + b * size + run.begin);
-    }
+    });
 }
 
 template void elect<float>(const ElectParams<float>&);

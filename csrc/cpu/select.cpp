@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/parallel.h"
+
 namespace dcmerge::cpu {
 namespace {
 
@@ -62,11 +64,10 @@ void count_digits_threaded(const Float* x, int64_t length, int shift, int width,
     const int64_t bins = int64_t{1} << width;
     const int64_t step = ceil_div(length, slices);
     std::vector<int64_t> partial(static_cast<size_t>(slices * bins), 0);
-#pragma omp parallel for num_threads(static_cast<int>(slices)) schedule(static, 1)
-    for (int64_t s = 0; s < slices; ++s) {
+    parallel_for(slices, threads, [&](int64_t s) {
         const int64_t begin = s * step;
         count_digits(x + begin, std::min(step, length - begin), shift, width, prefix, partial.data() + s * bins);
-    }
+    });
     for (int64_t s = 0; s < slices; ++s)
         for (int64_t b = 0; b < bins; ++b) out[b] += partial[static_cast<size_t>(s * bins + b)];
 }
@@ -111,9 +112,9 @@ void kth_magnitude(const KthMagnitudeParams<Float>& p) {
     for (int64_t i = 0; i < p.rows; ++i)
         DCM_REQUIRE(p.counts[i] >= 1 && p.counts[i] <= p.length, "counts must lie in 1 .. length");
     const bool by_row = p.rows >= p.threads;
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1) if (by_row && p.threads > 1)
-    for (int64_t i = 0; i < p.rows; ++i)
+    parallel_for(p.rows, by_row ? p.threads : 1, [&](int64_t i) {
         p.out[i] = select_row(p.x + i * p.length, p.length, p.counts[i], by_row ? 1 : p.threads);
+    });
 }
 
 template <typename Float>

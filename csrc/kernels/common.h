@@ -12,8 +12,10 @@
     } while (0)
 
 // The same source compiled for several instruction sets, chosen when the module is loaded. No -march=native: one wheel
-// runs everywhere, and with -ffp-contract=off every version returns the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+// runs everywhere, and with -ffp-contract=off every version returns the same bits. Defined empty by the
+// tests of one instruction set.
+#if defined(DCM_MULTIVERSION)
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)
 #define DCM_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #else

@@ -10,7 +10,7 @@ import torch
 
 from dcmerge_ext.checkpoints.plan import PANEL_ELEMENTS, Plan, TensorPlan, survey_dtype
 
-_CALIBRATION_SIDE = 320
+_CALIBRATION_SIDE = 1024
 _FIXED_BYTES = 64 << 20
 """Interpreter, headers and libraries beyond a bare torch process."""
 
@@ -28,13 +28,13 @@ class Estimate:
 
 def estimate(plan: Plan, written_bytes: int) -> Estimate:
     """Estimate a plan; runs a short calibration of this machine."""
-    svd_rate, copy_rate = _calibrate()
+    product_rate, copy_rate = _calibrate()
     read = sum(_read_bytes(plan, tensor) for tensor in plan.tensors)
     flops = sum(
         t.method.flops(t.specs, plan.num_tasks) for t in plan.tensors if t.action == "merge" and t.method is not None
     )
-    seconds = flops / svd_rate + (read + written_bytes) / copy_rate
-    peak = max((_peak_bytes(plan, tensor) for tensor in plan.tensors), default=0)
+    seconds = flops / product_rate + (read + written_bytes) / copy_rate
+    peak = max((peak_bytes(plan, tensor) for tensor in plan.tensors), default=0)
     return Estimate(read, written_bytes, seconds, peak + _FIXED_BYTES)
 
 
@@ -49,7 +49,8 @@ def _read_bytes(plan: Plan, tensor: TensorPlan) -> int:
     return passes * (tensor.base.nbytes + tasks * tensor.base.dtype.itemsize)
 
 
-def _peak_bytes(plan: Plan, tensor: TensorPlan) -> int:
+def peak_bytes(plan: Plan, tensor: TensorPlan) -> int:
+    """Anonymous memory held while one tensor is merged."""
     if tensor.action == "copy" or tensor.method is None:
         return 0
     itemsize = survey_dtype([tensor]).itemsize
@@ -62,14 +63,14 @@ def _peak_bytes(plan: Plan, tensor: TensorPlan) -> int:
 
 
 def _calibrate() -> tuple[float, float]:
-    """Flop rate of a LAPACK SVD and rate of reading plus adding, per second."""
-    matrix = torch.randn(_CALIBRATION_SIDE, _CALIBRATION_SIDE, generator=torch.Generator().manual_seed(0))
-    torch.linalg.svd(matrix)
+    """Flop rate of a float32 matrix product and rate of reading plus adding, per second."""
+    matrix = torch.ones(_CALIBRATION_SIDE, _CALIBRATION_SIDE)
+    matrix @ matrix
     started = time.perf_counter()
-    torch.linalg.svd(matrix)
-    svd_rate = 26.0 * _CALIBRATION_SIDE**3 / (time.perf_counter() - started)
+    matrix @ matrix
+    product_rate = 2.0 * _CALIBRATION_SIDE**3 / (time.perf_counter() - started)
     block = torch.ones(8 << 20)
     started = time.perf_counter()
     block.add_(block.clone())
     copy_rate = 3 * block.numel() * 4 / (time.perf_counter() - started)
-    return svd_rate, copy_rate / 2
+    return product_rate, copy_rate / 2

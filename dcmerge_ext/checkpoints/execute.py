@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -15,12 +13,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from dcmerge_ext.checkpoints.estimate import peak_bytes
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
+from dcmerge_ext.checkpoints.virtual_base import VirtualBase
 from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.base import Context, Method, SurveyState
+from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.updates import Updates, compute_dtype, count_nonfinite
 
 _T = TypeVar("_T")
@@ -28,6 +29,10 @@ Advance = Callable[[int], None]
 """Told how many bytes of the base's tensors were just worked through, from any thread."""
 Sink = Callable[[slice | None, Tensor, Update, dict[str, Any]], None]
 Store = Callable[[str, slice | None, Tensor], None]
+
+
+_SIDE_BY_SIDE_BYTES = 512 << 20
+"""Memory of the tensors merged at the same time."""
 
 
 @dataclass
@@ -54,27 +59,20 @@ class Executor:
     def run(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], TensorResult]) -> list[TensorResult]:
         """Do ``work`` for every tensor; results in their order.
 
-        Tensors merged element by element go side by side, one thread each: reading, adding and writing overlap, and no
-        thread waits for another inside an operation. Matrices follow one at a time, with all threads.
+        Tensors that take little memory go side by side, one thread each: reading, computing and writing overlap, and
+        no thread waits for another inside an operation. Large matrices follow one at a time, with all threads.
         """
         for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
             self._survey(method)
-        results = {r.name: r for r in self._side_by_side([t for t in tensors if t.panelled], work)}
-        results.update((t.name, work(t)) for t in tensors if not t.panelled)
+        most = _SIDE_BY_SIDE_BYTES // _workers()
+        small = [t for t in tensors if t.panelled or peak_bytes(self.plan, t) <= most]
+        results = {r.name: r for r in self._side_by_side(small, work)}
+        results.update((t.name, work(t)) for t in tensors if t.name not in results)
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
-        """``work`` for every tensor, one thread each. On a GPU, in turn."""
-        if self.device.type != "cpu":
-            return [work(t) for t in tensors]
-        threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(_workers(), initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            # each call in a copy of the caller's context: a backend chosen by use_backend holds there too
-            return list(pool.map(lambda context, t: context.run(work, t), [copy_context() for _ in tensors], tensors))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # new threads inherit the last value set anywhere
+        """``work`` for every tensor, each on its share of the threads. On a GPU, in turn."""
+        return side_by_side(work, tensors, at_most=_workers() if self.device.type == "cpu" else 1)
 
     def merge(self, tensor: TensorPlan, sink: Sink, *, whole: bool = False) -> TensorResult:
         """Merge a tensor; ``sink`` receives each panel: rows, the base's stored values, the merged update, facts.
@@ -88,7 +86,8 @@ class Executor:
         for rows in [None] if whole else tensor.panels():
             norms = [0.0] * self.plan.num_tasks
             base = self.plan.base.read(tensor.name, rows)
-            _digest(digests[0], base)
+            if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
+                _digest(digests[0], base)
             updates = _load(self.plan, tensor, rows, base, self.device, norms, digests[1:])
             context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
             try:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from dcmerge_ext import ops
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.linalg import polar_with_values
+from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method, Preset
 from dcmerge_ext.methods.registry import register
+from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.methods.sums import mean_updates
+from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.smoothing import smooth_energy
-from dcmerge_ext.svd import Components, truncated_svd
+from dcmerge_ext.svd import Components, cost
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 logger = logging.getLogger(__name__)
@@ -27,12 +29,16 @@ logger = logging.getLogger(__name__)
 _STACK_BYTES = 64 << 20
 """Up to this size the T cores of a matrix are held together and merged in one call; above, one at a time."""
 
+_WORTH_THREADS = 256
+"""Order of the cover from which its two polar factors are found side by side: handing over costs about 2 ms."""
+
 _AUTHORS_MATRICES = r"text_projection"
 
 Rank = Annotated[int, Meta(ge=1)]
 Size = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFraction = Annotated[float, Meta(gt=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
 AtLeastOne = Annotated[float, Meta(ge=1)]
 
 
@@ -117,7 +123,13 @@ class DCMerge(Method, frozen=True):
         ),
     ] = None
     accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"
-    seed: Annotated[int, Meta(ge=0, description="of the random start of accuracy=fast")] = 0
+    tol: Annotated[
+        Positive | None,
+        Meta(
+            description="accuracy=exact: accepted residual relative to the gap of singular values at the cut. None: round-off"
+        ),
+    ] = None
+    seed: Annotated[int, Meta(ge=0, description="of the random directions of the truncated SVD")] = 0
 
     def __post_init__(self) -> None:
         for option, owner, belongs in (
@@ -128,6 +140,8 @@ class DCMerge(Method, frozen=True):
                 raise ValueError(f"{option} belongs to smoothing={owner!r}, and smoothing is {self.smoothing!r}")
         if self.smoothing == "interpolate" and self.tau is None:
             raise ValueError("smoothing='interpolate' needs tau, 0 .. 1")
+        if self.tol is not None and self.accuracy != "exact":
+            raise ValueError(f"tol belongs to accuracy='exact', and accuracy is {self.accuracy!r}")
         for option in ("keep", "count_base"):
             if getattr(self, option) is not None and self.aggregate != "ties":
                 raise ValueError(f"{option} belongs to aggregate='ties', and aggregate is {self.aggregate!r}")
@@ -191,16 +205,19 @@ class DCMerge(Method, frozen=True):
 
         dtype = torch.float64 if updates.all_lowrank else updates.dtype
         slots = [r for r in ranks if r]
-        components = self._components(updates, ranks, dtype)
+        components = self._components(updates, ranks, dtype, ctx)
         live = torch.stack([(c.S > 0).sum(-1) for c in components], dim=-1)  # (..., T)
         spectra = [c.S for c in components]
         basis_u = torch.cat([c.U for c in components], dim=-1)
         basis_v = torch.cat([c.Vh.mT for c in components], dim=-1)
         del components  # for a full fine-tune each of these is as large as the matrix
-        cover_u, root_u, values_u = polar_with_values(basis_u, self.basis_tol)
-        del basis_u
-        cover_v, root_v, values_v = polar_with_values(basis_v, self.basis_tol)
-        del basis_v
+        round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
+        (cover_u, root_u, values_u), (cover_v, root_v, values_v) = side_by_side(
+            lambda basis: polar_with_values(basis, self.basis_tol, round_off=round_off),
+            [basis_u, basis_v],
+            at_most=2 if sum(slots) >= _WORTH_THREADS else 1,
+        )
+        del basis_u, basis_v
 
         cores = _Cores(root_u, root_v, spectra)
         sizes = self._block_sizes(slots)
@@ -222,20 +239,21 @@ class DCMerge(Method, frozen=True):
             return LowRank(left, cover_v.mT).to(updates.dtype)
         return left @ cover_v.mT
 
-    def _components(self, updates: Updates, ranks: Sequence[int], dtype: torch.dtype) -> list[Components]:
-        smoothing = self.smoothing or ("average" if updates.all_lowrank else "none")
-        result = []
-        for i, rank in enumerate(ranks):
-            if rank == 0:
-                continue
-            U, S, Vh = truncated_svd(updates[i], rank, accuracy=self.accuracy, seed=self.seed + i)
-            # a copy: a view would keep the full decomposition alive
-            U, S, Vh = (x.to(dtype).clone(memory_format=torch.contiguous_format) for x in (U, S, Vh))
-            S = smooth_energy(
-                S, smoothing, rho=5.0 if self.rho is None else self.rho, tau=1.0 if self.tau is None else self.tau
+    def _components(self, updates: Updates, ranks: Sequence[int], dtype: torch.dtype, ctx: Context) -> list[Components]:
+        components, ctx.facts["svd"] = components_of(
+            updates, ranks, accuracy=self.accuracy, tol=self.tol, seed=self.seed, key=ctx.key
+        )
+        if ctx.facts["svd"].get("ties"):
+            logger.warning(
+                "%s: singular values tie at the cut; one of several equally good truncations is used",
+                ctx.key or "dc_merge",
             )
-            result.append(Components(U, S, Vh))
-        return result
+        smoothing = self.smoothing or ("average" if updates.all_lowrank else "none")
+        rho, tau = 5.0 if self.rho is None else self.rho, 1.0 if self.tau is None else self.tau
+        return [
+            Components(U.to(dtype), smooth_energy(S.to(dtype), smoothing, rho=rho, tau=tau), Vh.to(dtype))
+            for U, S, Vh in components
+        ]
 
     def _counts(self, live: Tensor, q: int) -> Tensor:
         """Entries of each core that TIES keeps, (..., T): null components take no part in N."""
@@ -265,11 +283,13 @@ class DCMerge(Method, frozen=True):
         if ranks is None:
             return 0.0
         *leading, m, n = specs[0].shape
-        k, q = sum(ranks), min(m, n)
+        k = sum(ranks)
         decompositions = sum(
-            6 * m * n * q + 20.0 * q**3 if spec.rank is None else 4 * (m + n) * spec.rank**2 for spec in specs
+            cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
+            for spec, rank in zip(specs, ranks, strict=True)
         )
-        return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 44 * k**3 + 2 * k * m * n))
+        # two polar factors, T cores, and the way back; an eigenvector costs as much as 5 products
+        return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
 
     def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
         *leading, m, n = specs[0].shape
@@ -302,6 +322,14 @@ class _Cores:
     def __getitem__(self, i: int) -> Tensor:
         return self.lefts[i] @ self.rights[i]
 
+    def stack(self) -> Tensor:
+        """All cores, (..., T, k, k), each written in its place."""
+        *leading, k, _ = self.lefts[0].shape
+        out = self.lefts[0].new_empty(*leading, len(self), k, k)
+        for i in range(len(self)):
+            torch.matmul(self.lefts[i], self.rights[i], out=out.select(-3, i))
+        return out
+
 
 def _diagonal_blocks(core: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Views of the diagonal blocks of (..., k, k)."""
@@ -312,7 +340,7 @@ def _diagonal_blocks(core: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 def _ties_blocks(cores: _Cores, sizes: Sequence[int], counts: Tensor) -> list[Tensor]:
     """Diagonal blocks of the trimmed, elected and merged core. ``counts``: (..., T) entries kept per core."""
     if cores.nbytes <= _STACK_BYTES:
-        stack = torch.stack([cores[i] for i in range(len(cores))], dim=-3)
+        stack = cores.stack()
         thresholds = _threshold(stack, counts)
         return _diagonal_blocks(ops.elect(stack, thresholds, blocks=sizes), sizes)
     # One k x k scratch at a time: a threshold needs all k^2 magnitudes, the merge only the diagonal blocks.
@@ -331,7 +359,8 @@ def _ties_blocks(cores: _Cores, sizes: Sequence[int], counts: Tensor) -> list[Te
 def _threshold(core: Tensor, counts: Tensor) -> Tensor:
     """The counts-th largest magnitude of each (..., k, k) core, and never round-off: that must not vote."""
     magnitudes = core.flatten(-2)
-    round_off = magnitudes.abs().amax(-1) * (2 * core.shape[-1] ** 0.5 * torch.finfo(core.dtype).eps)
+    low, high = magnitudes.aminmax(dim=-1)
+    round_off = torch.maximum(-low, high) * (2 * core.shape[-1] ** 0.5 * torch.finfo(core.dtype).eps)
     return torch.maximum(ops.kth_magnitude(magnitudes, counts), round_off)
 
 

@@ -1,0 +1,90 @@
+"""The polar decomposition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcmerge_ext.errors import ConvergenceError
+from dcmerge_ext.linalg.routes import by_eigenvectors, by_products, by_svd
+from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.scaling import binary_exponent, scale_by_power
+
+
+class Polar(NamedTuple):
+    """X = Q H."""
+
+    Q: Tensor
+    """(..., m, n): orthonormal columns, or a partial isometry where X is rank deficient or wide."""
+    H: Tensor
+    """(..., n, n): (X'X)^(1/2), symmetric positive semidefinite."""
+
+
+def polar(X: Tensor, *, tol: float | None = None) -> Polar:
+    """Polar decomposition X = Q H with Q the nearest partial isometry and H = (X'X)^(1/2).
+
+    Q is what DC-Merge (arXiv 2603.06242, section 3.2) and TSV-M (arXiv 2412.00081) call whitening of the concatenated
+    singular vectors. Directions with singular values at or below the tolerance are dropped from Q (the minimum-norm
+    choice, unique and deterministic), where an SVD would fill them arbitrarily. Q is orthonormal to round-off up to
+    conditions near 1/eps. A batch is decomposed side by side.
+
+    Args:
+        X: (..., m, n), any shape, floating, finite. Half precision is computed in float32.
+        tol: relative to the largest singular value. Default 2 sqrt(max(m, n)) eps.
+    Returns:
+        Polar(Q, H), float32, or float64 for float64.
+    Raises:
+        ConvergenceError: LAPACK did not converge (non-finite input).
+    """
+    Q, H, _ = polar_with_values(X, tol)
+    return Polar(Q, H)
+
+
+def polar_with_values(
+    X: Tensor, tol: float | None = None, *, round_off: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`polar`, and the singular values (..., min(m, n)) in descending order, dropped ones set to 0.
+
+    ``round_off``: relative error of the entries of X, where that is more than its dtype's eps; more orthogonality than
+    that is not sought.
+    """
+    X = X.detach()
+    X = X if X.dtype == torch.float64 else X.float()
+    *leading, m, n = X.shape
+    if X.numel() == 0:
+        return X.clone(), X.new_zeros(*leading, n, n), X.new_zeros(*leading, min(m, n))
+    tolerance = default_tolerance(m, n, X.dtype) if tol is None else tol
+    round_off = max(round_off or 0.0, float(torch.finfo(X.dtype).eps))
+    if not leading:
+        return _one(X, tolerance, round_off)
+    matrices = X.reshape(-1, m, n).unbind()
+    found = side_by_side(lambda matrix: _one(matrix, tolerance, round_off), matrices, at_most=None if X.is_cpu else 1)
+    Q, H, S = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return Q.reshape(X.shape), H.reshape(*leading, n, n), S.reshape(*leading, -1)
+
+
+def _one(X: Tensor, tolerance: float, round_off: float) -> tuple[Tensor, Tensor, Tensor]:
+    m, n = X.shape
+    if exponent := binary_exponent(X):
+        Q, H, S = _one(scale_by_power(X, -exponent), tolerance, round_off)
+        return Q, scale_by_power(H, exponent), scale_by_power(S, exponent)
+    try:
+        found = None
+        if m >= n:
+            found = by_eigenvectors(X, tolerance, round_off) if X.is_cpu else by_products(X, tolerance)
+        return found or by_svd(X, tolerance)
+    except ConvergenceError as error:
+        raise ConvergenceError(f"polar factor of a {m} x {n} matrix failed: {error}") from error
+
+
+def default_tolerance(m: int, n: int, dtype: torch.dtype) -> float:
+    """Singular values of an m x n matrix at or below this fraction of the largest count as round-off.
+
+    Measured in float32 on concatenated singular vectors: exact copies of tasks leave spurious values of at most
+    0.8 sqrt(max(m, n)) eps, while the smallest genuine value of a square concatenation (T r = n) lies near 0.3 / n.
+    max(m, n) eps, the usual choice, drops genuine directions in 8 % of such bases at n = 768 and in most at n = 2048,
+    and dropping one changes the merged matrix by 5 to 10 %.
+    """
+    return float(2 * max(m, n) ** 0.5 * torch.finfo(dtype).eps)

@@ -1,0 +1,64 @@
+"""Full decompositions of one dense matrix: LAPACK, and the float64 Gram matrix of the short side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcmerge_ext.errors import ConvergenceError
+from dcmerge_ext.products import gram_float64
+from dcmerge_ext.svd.components import Components, Evidence, is_tie, null_tolerance, truncate
+
+
+def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.linalg.svd`` of (..., m, n), reduced, failing with ConvergenceError. LAPACK takes tall matrices twice as fast."""
+    if A.shape[-2] < A.shape[-1]:
+        V, S, Uh = svd(A.mT)
+        return Uh.mT, S, V.mT
+    try:
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConvergenceError(str(error)) from error
+    if not bool(S[..., :1].isfinite().all()):
+        raise ConvergenceError(f"not finite, or singular values beyond {A.dtype}")
+    return U, S, Vh
+
+
+def lapack(A: Tensor, rank: int) -> tuple[Components, Evidence]:
+    """Full LAPACK decomposition of (m, n), truncated."""
+    m, n = A.shape
+    U, S, Vh = svd(A)
+    tolerance = null_tolerance(m, n, A.dtype)
+    return truncate(U, S, Vh, rank, tolerance), Evidence("lapack", min(m, n), tie=is_tie(S, rank, tolerance))
+
+
+def gram(A: Tensor, rank: int) -> tuple[Components, Evidence]:
+    """Eigendecomposition of A'A (the short side) in float64, for float32 (m, n).
+
+    Squaring costs half the digits of float64, which leaves float32's: errors of sigma_j relative to sigma_1 are
+    eps64 (sigma_1 / sigma_j). The vectors of the long side are A v_j / sigma_j.
+    """
+    m, n = A.shape
+    if m < n:
+        (V, S, Uh), evidence = gram(A.mT, rank)
+        return Components(Uh.mT, S, V.mT), evidence
+    values, vectors = eigh(gram_float64(A.mT))
+    S = values.flip(0).clamp_(min=0).sqrt_()
+    Vh = vectors[:, n - rank :].mT.flip(0).to(A.dtype)
+    tolerance = null_tolerance(m, n, A.dtype)
+    live = S[:rank] > tolerance * S[0]
+    US = Vh @ A.mT
+    U = US.mul_(torch.where(live, 1 / S[:rank], 0).to(A.dtype)[:, None]).mT
+    found = truncate(U, S.to(A.dtype), Vh, rank, tolerance)
+    return found, Evidence("gram", n, tie=is_tie(S, rank, tolerance))
+
+
+def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` of the lower triangle, ascending, failing with ConvergenceError."""
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConvergenceError(str(error)) from error
+    if not bool(values.isfinite().all()):
+        raise ConvergenceError(f"not finite, or eigenvalues beyond {symmetric.dtype}")
+    return values, vectors
