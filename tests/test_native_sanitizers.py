@@ -33,13 +33,14 @@ BUILDS = {
     "plain": ["-O3", "-DDCM_MULTIVERSION=", "-DDCMERGE_STD_THREADS"],
 }
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.endswith("SAN_OPTIONS")}
+ENVIRONMENT |= {"TSAN_OPTIONS": "halt_on_error=1", "OMP_WAIT_POLICY": "passive"}  # more threads than cores: no spinning
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
     """Standard output and error come as one text."""
     return subprocess.run(
         [str(part) for part in command],
-        env=ENVIRONMENT | {"TSAN_OPTIONS": "halt_on_error=1"},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,10 +67,12 @@ def compiled(command: list[str], sources: list[Path], csrc: Path, folder: Path) 
         return dict(zip([source.name for source in sources], pool.map(compile_one, sources), strict=True))
 
 
-def linked_and_run(command: list[str], objects: dict[str, Path], folder: Path) -> subprocess.CompletedProcess[str]:
+def linked_and_run(
+    command: list[str], objects: dict[str, Path], folder: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     done = run(*command, *objects.values(), "-o", folder / "native_tests")
     assert done.returncode == 0, done.stdout
-    return run(folder / "native_tests")
+    return run(folder / "native_tests", *arguments)
 
 
 def works(command: list[str], probe: Path) -> tuple[bool, str]:
@@ -185,6 +188,6 @@ def test_a_planted_bug_is_reported(name: str, build: Callable[[str], Build], tmp
     changed.write_text(text.replace(bug.right, bug.wrong))
     sources = [csrc / source.relative_to(CSRC) if source.is_relative_to(CSRC) else source for source in SOURCES]
     affected = [s for s in sources if s == changed or f'#include "{bug.file}"' in s.read_text()]
-    done = linked_and_run(command, objects | compiled(command, affected, csrc, tmp_path), tmp_path)
+    done = linked_and_run(command, objects | compiled(command, affected, csrc, tmp_path), tmp_path, changed.stem)
     assert done.returncode != 0
     assert bug.report in done.stdout

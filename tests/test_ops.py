@@ -418,6 +418,8 @@ def histogram_of(x: Tensor) -> Tensor:
     "call",
     [
         lambda: ops.kth_magnitude(LONG, 30_000),
+        lambda: ops.kth_magnitude(LONG, 300),
+        lambda: ops.kth_magnitude(LONG.flatten(), 900),
         lambda: ops.kth_magnitude(LONG.flatten(), 30_000),
         lambda: ops.kth_magnitude(LONG.flatten()[:300_000].reshape(3_000, 100), 10),
         lambda: histogram_of(LONG),

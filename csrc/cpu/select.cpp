@@ -2,13 +2,16 @@
 //
 // Mapping  digits of at most 11 bits, so that a histogram (16 KiB) stays in the first-level cache. After the first
 //          digit the few elements that share the leading bits are gathered, and the later digits look only at those.
-// Traffic  two reads of the data: one counts, one gathers.
+// Traffic  two reads of the data: one counts, one gathers. One read where few elements are asked for (trimming keeps
+// one
+//          in a thousand): those above a bound taken from a sample.
 // Threads  many rows: one row per thread. One long row: slices, each with its own histogram, added in slice order.
 
 #include "kernels/select.h"
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -30,6 +33,8 @@ struct Key<double> {
 };
 
 constexpr int kDigitBits = 11;
+constexpr int64_t kSampleSize = 2048;
+constexpr int64_t kScanRun = 128;
 constexpr int64_t kSliceLength = 1 << 16;  // below this a second thread costs more than it saves
 
 template <typename Float>
@@ -81,9 +86,51 @@ uint64_t pick_bin(const std::vector<int64_t>& histogram, int64_t& k) {
     throw std::logic_error("kth_magnitude: rank exceeds the number of elements");
 }
 
+// Largest key of x[0 .. length), or at least of a run in which it matters: a plain reduction that vectorises.
+template <typename Float>
+DCM_MULTIVERSION typename Key<Float>::type largest_key(const Float* x, int64_t length) {
+    typename Key<Float>::type largest = 0;
+    for (int64_t i = 0; i < length; ++i) {
+        const auto key = magnitude_key(x[i]);
+        largest = key > largest ? key : largest;
+    }
+    return largest;
+}
+
+// The k-th largest where k is a small part of a long row: a sample bounds it from below, one pass keeps the few
+// elements above the bound, and the answer is the k-th largest of those. False where fewer than k lie above: the bound
+// was too high. The answer is exact either way and does not depend on the sample.
+template <typename Float>
+bool select_above_bound(const Float* row, int64_t length, int64_t k, Float* out) {
+    using Bits = typename Key<Float>::type;
+    if (length < kSampleSize * 8 || k > length / 32) return false;
+    const int64_t stride = length / kSampleSize;
+    std::vector<Bits> sample(static_cast<size_t>(kSampleSize));
+    for (int64_t i = 0; i < kSampleSize; ++i) sample[static_cast<size_t>(i)] = magnitude_key(row[i * stride]);
+    // twice the expected rank and some more: too many candidates cost little, too few a second pass
+    const int64_t rank = 2 * k / stride + 8;
+    std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<Bits>());
+    const Bits bound = sample[static_cast<size_t>(rank)];
+
+    std::vector<Bits> candidates;
+    for (int64_t begin = 0; begin < length; begin += kScanRun) {
+        const int64_t run = std::min(kScanRun, length - begin);
+        if (largest_key(row + begin, run) < bound) continue;
+        for (int64_t i = begin; i < begin + run; ++i)
+            if (magnitude_key(row[i]) >= bound) candidates.push_back(magnitude_key(row[i]));
+        if (static_cast<int64_t>(candidates.size()) > length / 4) return false;  // ties at the bound
+    }
+    if (static_cast<int64_t>(candidates.size()) < k) return false;
+    std::nth_element(candidates.begin(), candidates.begin() + (k - 1), candidates.end(), std::greater<Bits>());
+    *out = from_key<Float>(candidates[static_cast<size_t>(k - 1)]);
+    return true;
+}
+
 template <typename Float>
 Float select_row(const Float* row, int64_t length, int64_t k, int threads) {
     using Bits = typename Key<Float>::type;
+    Float found;
+    if (select_above_bound(row, length, k, &found)) return found;
     std::vector<Float> candidates;
     uint64_t prefix = 0;
     for (int shift = Key<Float>::kBits; shift > 0;) {

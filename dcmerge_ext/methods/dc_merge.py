@@ -359,8 +359,7 @@ def _ties_blocks(cores: _Cores, sizes: Sequence[int], counts: Tensor) -> list[Te
 def _threshold(core: Tensor, counts: Tensor) -> Tensor:
     """The counts-th largest magnitude of each (..., k, k) core, and never round-off: that must not vote."""
     magnitudes = core.flatten(-2)
-    low, high = magnitudes.aminmax(dim=-1)
-    round_off = torch.maximum(-low, high) * (2 * core.shape[-1] ** 0.5 * torch.finfo(core.dtype).eps)
+    round_off = ops.kth_magnitude(magnitudes, 1) * (2 * core.shape[-1] ** 0.5 * torch.finfo(core.dtype).eps)
     return torch.maximum(ops.kth_magnitude(magnitudes, counts), round_off)
 
 

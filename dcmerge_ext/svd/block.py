@@ -20,13 +20,13 @@ def cholesky_qr(Y: Tensor) -> Tensor | None:
     if int(failed) or not float(smallest) > _WORST_CONDITION * float(largest):
         return None
     X: Tensor = torch.linalg.solve_triangular(L, wide, upper=False)
-    return X.to(Y.dtype)
+    return X.to(Y.dtype, memory_format=torch.contiguous_format)  # LAPACK leaves columns; products of rows cost double
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
     """Orthonormal rows that span the rows of (b, n), b <= n; rows that depend on others become arbitrary directions."""
     X = cholesky_qr(Y)
-    return torch.linalg.qr(Y.mT).Q.mT if X is None else X
+    return torch.linalg.qr(Y.mT).Q.mT.contiguous() if X is None else X
 
 
 def fill_dependent(Y: Tensor, fresh: Tensor) -> Tensor:

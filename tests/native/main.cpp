@@ -4,10 +4,18 @@
 
 #include "check.h"
 
-int main() {
-    dcmerge::test_parallel();
-    dcmerge::test_select();
-    dcmerge::test_elect();
-    dcmerge::test_philox();
+// native_tests runs all of them, native_tests NAME one.
+int main(int argc, char** argv) {
+    const struct {
+        const char* name;
+        void (*run)();
+    } tests[] = {
+        {"parallel", dcmerge::test_parallel},
+        {"select", dcmerge::test_select},
+        {"elect", dcmerge::test_elect},
+        {"philox", dcmerge::test_philox},
+    };
+    for (const auto& test : tests)
+        if (argc < 2 || std::strcmp(argv[1], test.name) == 0) test.run();
     std::puts("all passed");
 }
