@@ -2,10 +2,9 @@
 
     python benchmarks/checkpoint_memory.py --tasks 8 --method task_arithmetic
 
-Models: float32, one 4096 x 4096 matrix (64 MB, the largest), the rest 1024 x 1024 matrices and vectors. Memory is
-anonymous memory (RssAnon) of a fresh process, sampled while it merges, above the same process after a bare ``import
-torch``; pages of mapped input files belong to the page cache and are not counted. The yardstick copies: it reads every
-input byte and writes the output's bytes once, in 16 MB pieces, in the same directory, with a warm page cache for both.
+Models: float32, one 4096 x 4096 matrix (64 MB, the largest), the rest 1024 x 1024 matrices and vectors. Memory as
+:mod:`memory` measures it. The yardstick copies: it reads every input byte and writes the output's bytes once, in 16 MB
+pieces, in the same directory, with a warm page cache for both.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
+from memory import fresh_merge_checkpoints
 from safetensors.torch import save_file
 
 _PIECE = 16 << 20
@@ -29,7 +27,7 @@ _PIECE = 16 << 20
 def make_family(root: Path, tasks: int, gigabytes: float) -> None:
     """base/ and task0/ ... as single-file models, cheap random data with a common base."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"large.weight": (4096, 4096)}
+    shapes: dict[str, tuple[int, ...]] = {"large.weight": (4096, 4096)}
     rest = int((gigabytes * 1e9 - 4096 * 4096 * 4) / (1024 * 1024 * 4))
     shapes |= {f"layers.{i}.weight": (1024, 1024) for i in range(rest)}
     shapes |= {f"layers.{i}.norm": (1024,) for i in range(rest)}
@@ -63,37 +61,6 @@ def copy_yardstick(root: Path, tasks: int) -> float:
     return seconds
 
 
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: needs Linux")
-
-
-def merge_and_measure(root: Path, tasks: int, method: str, options: dict[str, object]) -> dict[str, float]:
-    """Run in a fresh process: peak anonymous memory above bare torch, and seconds."""
-    bare = anonymous_bytes()
-    peak, done = bare, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous_bytes())
-
-    from dcmerge_ext import merge_checkpoints
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    started = time.perf_counter()
-    merge_checkpoints(
-        root / "base", [root / f"task{i}" for i in range(tasks)], root / "out", method, overwrite=True, **options
-    )
-    seconds = time.perf_counter() - started
-    done.set()
-    sampler.join()
-    return {"peak_bytes": peak - bare, "seconds": seconds}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=8)
@@ -102,12 +69,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--family", type=Path, help="where to keep the models between runs")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
-    if args.child:
-        sys.stdout.write(json.dumps(merge_and_measure(args.family, args.tasks, args.method, options)))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         root = args.family or Path(scratch)
         if not (root / f"task{args.tasks - 1}").exists():
@@ -115,19 +78,25 @@ def main() -> None:
         copies, runs = [], []
         for _ in range(args.repeats):
             copies.append(copy_yardstick(root, args.tasks))
-            child = [sys.executable, __file__, "--child", "--family", str(root)]
-            child += ["--tasks", str(args.tasks), "--method", args.method]
-            child += [word for item in args.set for word in ("--set", item)]
-            runs.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
-    copy, merge = statistics.median(copies), statistics.median(run["seconds"] for run in runs)
+            runs.append(
+                fresh_merge_checkpoints(
+                    base=str(root / "base"),
+                    tasks=[str(root / f"task{i}") for i in range(args.tasks)],
+                    out=str(root / "out"),
+                    method=args.method,
+                    overwrite=True,
+                    **options,
+                )
+            )
+    copy, merge = statistics.median(copies), statistics.median(run.seconds for run in runs)
     result = {
         "method": args.method,
         "tasks": args.tasks,
-        "peak_mb": round(max(run["peak_bytes"] for run in runs) / 1e6),
+        "peak_mb": round(max(run.peak_bytes for run in runs) / 1e6),
         "merge_s": round(merge, 2),
         "copy_s": round(copy, 2),
         "ratio": round(merge / copy, 2),
-        "spread_s": [round(f([run["seconds"] for run in runs]), 2) for f in (min, max)],
+        "spread_s": [round(f([run.seconds for run in runs]), 2) for f in (min, max)],
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

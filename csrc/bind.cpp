@@ -9,6 +9,8 @@
 #endif
 
 #include "kernels/elect.h"
+#include "kernels/gram_apply.h"
+#include "kernels/orthonormalize.h"
 #include "kernels/philox.h"
 #include "kernels/select.h"
 
@@ -74,6 +76,25 @@ void bind_rademacher(uintptr_t out, int64_t length, uint64_t key, uint32_t task,
     });
 }
 
+bool bind_orthonormalize(uintptr_t rows, uintptr_t out, int64_t count, int64_t length, double worst_pivot,
+                         int itemsize) {
+    py::gil_scoped_release release;
+    bool independent = false;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        independent =
+            cpu::orthonormalize<Float>({pointer<const Float>(rows), pointer<Float>(out), count, length, worst_pivot});
+    });
+    return independent;
+}
+
+void bind_gram_apply(uintptr_t x, uintptr_t a, uintptr_t image, uintptr_t back, int64_t count, int64_t m, int64_t n,
+                     int threads) {
+    py::gil_scoped_release release;
+    cpu::gram_apply({pointer<const float>(x), pointer<const float>(a), pointer<float>(image), pointer<float>(back),
+                     count, m, n, threads});
+}
+
 std::string description() {
 #ifdef _OPENMP
     return "C++17, OpenMP " + std::to_string(_OPENMP);
@@ -98,4 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
           "blocks"_a, "num_blocks"_a, "zero_sum"_a, "mean"_a, "itemsize"_a, "threads"_a);
     m.def("rademacher", &bind_rademacher, "out"_a, "length"_a, "key"_a, "task"_a, "stream"_a, "itemsize"_a,
           "threads"_a);
+    m.def("gram_apply", &bind_gram_apply, "x"_a, "a"_a, "image"_a, "back"_a, "count"_a, "m"_a, "n"_a, "threads"_a);
+    m.def("orthonormalize", &bind_orthonormalize, "rows"_a, "out"_a, "count"_a, "length"_a, "worst_pivot"_a,
+          "itemsize"_a);
 }

@@ -1,6 +1,6 @@
 """Merge fine-tuned models and LoRA adapters of one base, without training: DC-Merge and its baselines."""
 
-from dcmerge_ext import linalg, methods, metrics, ops
+from dcmerge_ext import linalg, methods, metrics, ops, torch_library
 from dcmerge_ext.backends import backends, use_backend
 from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
 from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
@@ -26,6 +26,7 @@ __all__ = [
     "metrics",
     "ops",
     "smooth_energy",
+    "torch_library",
     "truncated_svd",
     "use_backend",
 ]

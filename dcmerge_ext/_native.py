@@ -74,3 +74,20 @@ def rademacher(
     out = torch.empty(rows, cols, dtype=dtype, device=device)
     _cpu.rademacher(out.data_ptr(), out.numel(), key, task, stream, out.element_size(), torch.get_num_threads())
     return out
+
+
+def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
+    out = torch.empty_like(rows)
+    count, length = rows.shape
+    return (
+        out
+        if _cpu.orthonormalize(rows.data_ptr(), out.data_ptr(), count, length, worst_pivot, rows.element_size())
+        else None
+    )
+
+
+def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:
+    back = torch.empty_like(x)
+    (count, n), m = x.shape, a.shape[0]
+    _cpu.gram_apply(x.data_ptr(), a.data_ptr(), image.data_ptr(), back.data_ptr(), count, m, n, torch.get_num_threads())
+    return back

@@ -84,4 +84,4 @@ def _require(name: str) -> None:
 def _warn_once(key: str, message: str) -> None:
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(f"dcmerge_ext: {message}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"dcmerge_ext: {message}", RuntimeWarning, stacklevel=5)

@@ -13,10 +13,12 @@ import xxhash
 from torch import Tensor
 
 from dcmerge_ext.backends import for_device
+from dcmerge_ext.tracing import traceable
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64)
 
 
+@traceable
 def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
     """The ``counts``-th largest magnitude of each row: the threshold that ``|x| >= threshold`` trims by.
 
@@ -45,6 +47,7 @@ def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
     return thresholds.reshape(leading).to(x.dtype)
 
 
+@traceable
 def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefix: int = 0) -> None:
     """Add to ``out`` how often each value of one digit of the magnitude occurs among ``x``.
 
@@ -69,6 +72,7 @@ def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefi
     for_device(x.device).magnitude_histogram(x.contiguous(), out, shift, width, prefix)
 
 
+@traceable
 def elect(
     stack: Tensor,
     thresholds: Tensor | None = None,
@@ -114,6 +118,7 @@ def elect(
     return merged.reshape(*leading, rows, cols).to(stack.dtype)
 
 
+@traceable
 def rademacher(
     rows: int,
     cols: int,
@@ -153,6 +158,45 @@ def rademacher(
     hashed = xxhash.xxh3_64_intdigest(key.encode(), seed=seed)
     signs: Tensor = for_device(device).rademacher(rows, cols, hashed, task, stream, computed, device)
     return signs.to(dtype)
+
+
+def orthonormalize(rows: Tensor, *, worst_pivot: float = 0.0) -> Tensor | None:
+    """An orthonormal basis of the span of a few long rows: L^-1 Y with L L' = Y Y', one pass of CholeskyQR in float64.
+
+    Args:
+        rows: (count, length), float32 or float64, finite.
+        worst_pivot: smallest diagonal entry of L, relative to the largest, of rows that count as independent.
+    Returns:
+        (count, length), rows orthonormal to the dtype's eps in float32; None where the rows are dependent.
+    Raises:
+        ValueError: not a matrix.   TypeError: another dtype.
+    """
+    if rows.ndim != 2:
+        raise ValueError(f"orthonormalize: needs rows (count, length), got {tuple(rows.shape)}")
+    if rows.dtype not in _COMPUTE_DTYPES:
+        raise TypeError(f"orthonormalize: needs float32 or float64, got {rows.dtype}")
+    basis: Tensor | None = for_device(rows.device).orthonormalize(rows.contiguous(), worst_pivot)
+    return basis
+
+
+def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:
+    """A few rows through A' and back, ``image = x a'`` and ``image a``, reading ``a`` once: a step of a Krylov method.
+
+    Args:
+        x: (count, n) float32, contiguous.   a: (m, n) float32, contiguous.   image: (count, m), contiguous, written.
+    Returns:
+        (count, n).
+    Raises:
+        ValueError: shapes, dtypes or strides that differ from that.
+    """
+    shapes = x.ndim == a.ndim == image.ndim == 2 and x.shape[1] == a.shape[1] and image.shape == (len(x), len(a))
+    if not shapes or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (x, a, image)):
+        raise ValueError(
+            "gram_apply: needs contiguous float32 x (count, n), a (m, n) and image (count, m), got "
+            + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, a, image))
+        )
+    back: Tensor = for_device(a.device).gram_apply(x, a, image)
+    return back
 
 
 def _compute(x: Tensor) -> Tensor:

@@ -64,3 +64,18 @@ def philox(counter: Sequence[Tensor], key: int) -> list[Tensor]:
         c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
     return [c0, c1, c2, c3]
+
+
+def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
+    wide = rows.double()
+    L, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
+    smallest, largest = L.diagonal().aminmax()
+    if int(failed) or not float(smallest) > worst_pivot * float(largest):
+        return None
+    basis: Tensor = torch.linalg.solve_triangular(L, wide, upper=False)
+    return basis.to(rows.dtype, memory_format=torch.contiguous_format)  # LAPACK leaves columns behind
+
+
+def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:
+    torch.mm(x, a.mT, out=image)
+    return image @ a

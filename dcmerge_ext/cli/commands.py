@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from dcmerge_ext.backends import ENVIRONMENT, available, backends
 from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
 from dcmerge_ext.methods.registry import describe_options, list_methods, nearest
+from dcmerge_ext.svd import cost
 from dcmerge_ext.version import __version__
 
 
@@ -28,8 +30,23 @@ def run_info(args: argparse.Namespace) -> int:
     if forced := os.environ.get(ENVIRONMENT):
         console.print(f"{ENVIRONMENT} forces {forced}" + ("" if available(forced) else ", which cannot run here"))
     if args.verbose:
+        console.print("exact truncated SVD of a float32 update, T tasks of full rank budget:")
+        console.print(_route_table())
         console.print(torch.__config__.show(), torch.__config__.parallel_info())
     return 0
+
+
+def _route_table() -> Table:
+    """What the cost model chooses for the shapes of common models."""
+    table = make_table("matrix", "T", "rank", "route", "Krylov dimension", "cost against LAPACK")
+    for m, n in ((384, 384), (768, 768), (3072, 768), (1024, 4096), (4096, 4096), (11008, 4096)):
+        for tasks in (2, 4, 8, 20):
+            rank = min(m, n) // tasks
+            plan = cost.plan(m, n, rank)
+            relative = plan.cost / cost.lapack(m, n)
+            dimension = str(plan.dimension) if plan.route == "krylov" else "-"
+            table.add_row(f"{m} x {n}", str(tasks), str(rank), plan.route, dimension, f"{relative:.2f}")
+    return table
 
 
 def run_methods(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.linalg.routes import by_eigenvectors, by_products, by_svd
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
+from dcmerge_ext.tracing import traceable
 
 
 class Polar(NamedTuple):
@@ -22,6 +23,7 @@ class Polar(NamedTuple):
     """(..., n, n): (X'X)^(1/2), symmetric positive semidefinite."""
 
 
+@traceable
 def polar(X: Tensor, *, tol: float | None = None) -> Polar:
     """Polar decomposition X = Q H with Q the nearest partial isometry and H = (X'X)^(1/2).
 

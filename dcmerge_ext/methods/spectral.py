@@ -37,7 +37,7 @@ def components_of(
     def reduce(i: int) -> None:
         (U, S, Vh), evidence = decompose(updates[i], ranks[i], accuracy=accuracy, tol=tol, start=Start(seed, key, i))
         # a copy: a view would keep the full decomposition alive
-        found[i] = Components(U.contiguous().clone(), S.clone(), Vh.contiguous().clone()), evidence
+        found[i] = Components(*(x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh))), evidence
 
     dense = [i for i, rank in enumerate(ranks) if rank and updates.specs[i].rank is None]
     size = math.prod(updates.shape) * updates.dtype.itemsize

@@ -24,16 +24,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcmerge_ext import ops
 from dcmerge_ext.products import gram_float64
-from dcmerge_ext.svd.block import cholesky_qr, fill_dependent, orthonormalize
+from dcmerge_ext.svd.block import fill_dependent, independent_basis, orthonormalize
 from dcmerge_ext.svd.components import Components, Evidence, is_tie, null_tolerance, truncate
 from dcmerge_ext.svd.dense import eigh
 from dcmerge_ext.svd.start import Start
 
 _GAP_TOLERANCE = 1e-6
 """Angle, residual over gap, at which a result counts as converged although its residual is above round-off."""
-_PANEL = 1 << 18
-"""Elements of A that stay in a second-level cache between V A' and its way back."""
 _CLEAN = 1e-3
 """Norm removed from an orthonormal block that leaves it orthonormal and orthogonal to round-off (its square is)."""
 _MOST_PASSES = 5
@@ -63,6 +62,7 @@ def krylov(
     if m < n:
         (V, S, Uh), evidence = krylov(A.mT, rank, start, block=block, dimension=dimension, limit=limit, tol=tol)
         return Components(Uh.mT, S, V.mT), evidence
+    A = A.contiguous()
     space = _Space(A, block, limit, start)
     while True:
         space.grow(dimension)
@@ -86,8 +86,6 @@ class _Space:
         self._block = block
         self._start = start
         self._fills = 0
-        step = max(64, _PANEL // n)
-        self._panels = [(slice(i, i + step), A[i : i + step]) for i in range(0, m, step)]
         self._V = A.new_empty(limit, n)
         self._W = A.new_empty(limit, m)
         self._image = self._W[:0]
@@ -128,12 +126,11 @@ class _Space:
         begin, end = self.size, self.size + X.shape[0]
         self._V[begin:end] = X
         self._image = self._W[begin:end]
-        self._back = torch.zeros_like(X) if returns else None
-        for columns, panel in self._panels:
-            image = self._image[:, columns]
-            torch.mm(X, panel.mT, out=image)
-            if self._back is not None:
-                self._back.addmm_(image, panel)
+        if returns:
+            self._back = ops.gram_apply(X, self._A, self._image)
+        else:
+            self._back = None
+            torch.mm(X, self._A.mT, out=self._image)
         self.size = end
 
     def _next(self, count: int) -> Tensor:
@@ -144,9 +141,9 @@ class _Space:
         # leaves the pass over the whole space nothing but round-off to remove.
         _remove(Y, self._V[max(0, self.size - 2 * self._block) : self.size])
         for _ in range(_MOST_PASSES):
-            X = cholesky_qr(Y)
+            X = independent_basis(Y)
             Y = self._fill(Y) if X is None else X
-            if _remove(Y, self.V) < _CLEAN:
+            if float(torch.linalg.vector_norm(_remove(Y, self.V))) < _CLEAN:
                 break
         return Y
 
@@ -159,11 +156,11 @@ class _Space:
         return fill_dependent(Y, fresh)
 
 
-def _remove(Y: Tensor, basis: Tensor) -> float:
-    """Y -= (Y basis') basis, in place; returns the norm of what was removed."""
-    overlap = Y @ basis.mT
-    Y.addmm_(overlap, basis, alpha=-1)
-    return float(torch.linalg.vector_norm(overlap))
+def _remove(Y: Tensor, basis: Tensor) -> Tensor:
+    """Y -= (Y basis') basis, in place; returns Y basis'."""
+    overlap = Y.new_empty(len(Y), len(basis))
+    Y -= ops.gram_apply(Y, basis, overlap)
+    return overlap
 
 
 def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Components, Evidence, bool]:
@@ -207,7 +204,7 @@ def _missed(A: Tensor, space: _Space, found: Components, start: Start) -> Tensor
     X = start.rows(room, n, A, _PROBE)
     _remove(X, space.V)
     for _ in range(_PROBE_STEPS):
-        X = (orthonormalize(X) @ A.mT) @ A
+        X = ops.gram_apply(orthonormalize(X), A, A.new_empty(room, m))
         _remove(X, found.Vh)
     X = orthonormalize(X)
     reached = float(torch.linalg.eigvalsh(gram_float64(X @ A.mT))[-1].clamp(min=0).sqrt())

@@ -19,10 +19,12 @@ from dcmerge_ext.svd.factors import factored
 from dcmerge_ext.svd.krylov import NotCertified, krylov
 from dcmerge_ext.svd.start import Start
 from dcmerge_ext.svd.subspace import OVERSAMPLING, subspace_iteration
+from dcmerge_ext.tracing import traceable
 
 _DEFAULT = Start()
 
 
+@traceable
 def truncated_svd(
     A: Update, rank: int, *, accuracy: Accuracy = "exact", tol: float | None = None, seed: int = 0
 ) -> Components:

