@@ -1,7 +1,8 @@
 """The operations as operators of torch, ``torch.ops.dcmerge``: what torch.compile and torch.export record.
 
 An operator runs the function of the same name with its validation, so errors are those of eager mode, raised when the
-compiled function runs. Its fake kernel tells the shapes, dtypes and strides of the outputs and refuses nothing.
+compiled function runs. Its fake kernel tells the shapes, dtypes and strides of the outputs and refuses nothing. Compilers
+leave out an operator whose result nothing uses, and its errors with it.
 
 The backend is chosen where the operator runs: ``use_backend`` holds around a call of the compiled function, and cannot
 be opened inside it. Gradients are not defined: the public functions detach their input, and backward through an
@@ -64,7 +65,7 @@ def _magnitude_histogram(x: Tensor, out: Tensor, shift: int, width: int, prefix:
 
 @_magnitude_histogram.register_fake
 def _(x: Tensor, out: Tensor, shift: int, width: int, prefix: int) -> None:
-    return
+    pass
 
 
 @stands_for(ops.magnitude_histogram)
@@ -237,8 +238,8 @@ def _empty_components(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype
 
 
 def _at_least_0(size: int) -> int:
-    size = torch.sym_max(size, 0)  # type: ignore[no-untyped-call]
-    return size
+    clamped: int = torch.sym_max(size, 0)  # type: ignore[no-untyped-call]
+    return clamped
 
 
 def _split(seed: int) -> list[int]:

@@ -1,8 +1,8 @@
 """Which form of a public operation runs: the function itself, or its stand-in where a trace is recorded.
 
-torch.compile and torch.export cannot look inside the operations, whose course depends on the data. In a trace each is
-one operator of :mod:`dcmerge_ext.torch_library` instead. Elsewhere none is: the operator costs 5 to 15 us a call, where
-the operation itself costs 3 to 20 on a few hundred elements.
+torch.compile and torch.export cannot look inside the operations, whose course depends on the data: a trace records one
+operator of :mod:`dcmerge_ext.torch_library` for each. Outside a trace none is called: the dispatcher adds 6 to 16 us a
+call, and an operation on a few hundred elements takes 3 to 17.
 """
 
 from __future__ import annotations

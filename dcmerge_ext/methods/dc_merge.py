@@ -13,24 +13,20 @@ from torch import Tensor
 
 from dcmerge_ext import ops
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method, Preset
+from dcmerge_ext.methods.cover import Cover, cover_of, factored_cover
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.methods.sums import mean_updates
-from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.smoothing import smooth_energy
-from dcmerge_ext.svd import Components, cost
+from dcmerge_ext.svd import Components, Evidence, cost, summarize
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 logger = logging.getLogger(__name__)
 
 _STACK_BYTES = 64 << 20
 """Up to this size the T cores of a matrix are held together and merged in one call; above, one at a time."""
-
-_WORTH_THREADS = 256
-"""Order of the cover from which its two polar factors are found side by side: handing over costs about 2 ms."""
 
 _AUTHORS_MATRICES = r"text_projection"
 
@@ -203,23 +199,10 @@ class DCMerge(Method, frozen=True):
         if sum(ranks) == 0 or 0 in updates.shape:
             return _zero(updates)
 
-        dtype = torch.float64 if updates.all_lowrank else updates.dtype
         slots = [r for r in ranks if r]
-        components = self._components(updates, ranks, dtype, ctx)
-        live = torch.stack([(c.S > 0).sum(-1) for c in components], dim=-1)  # (..., T)
-        spectra = [c.S for c in components]
-        basis_u = torch.cat([c.U for c in components], dim=-1)
-        basis_v = torch.cat([c.Vh.mT for c in components], dim=-1)
-        del components  # for a full fine-tune each of these is as large as the matrix
-        round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
-        (cover_u, root_u, values_u), (cover_v, root_v, values_v) = side_by_side(
-            lambda basis: polar_with_values(basis, self.basis_tol, round_off=round_off),
-            [basis_u, basis_v],
-            at_most=2 if sum(slots) >= _WORTH_THREADS else 1,
-        )
-        del basis_u, basis_v
-
-        cores = _Cores(root_u, root_v, spectra)
+        cover = self._cover(updates, ranks, ctx)
+        live = torch.stack([(S > 0).sum(-1) for S in cover.spectra], dim=-1)  # (..., T)
+        cores = _Cores(cover.u.root, cover.v.root, self._smoothed(cover.spectra, updates.all_lowrank))
         sizes = self._block_sizes(slots)
         if self.aggregate == "ties":
             blocks = _ties_blocks(cores, sizes, self._counts(live, min(updates.shape[-2:])).clamp(max=sum(slots) ** 2))
@@ -230,16 +213,16 @@ class DCMerge(Method, frozen=True):
         ctx.facts.update(
             rank=live.reshape(-1, live.shape[-1]).amax(0).tolist(),
             cover_rank=sum(slots),
-            cover_u=_basis_facts(values_u, live),
-            cover_v=_basis_facts(values_v, live),
+            cover_u=_basis_facts(cover.u.values, live),
+            cover_v=_basis_facts(cover.v.values, live),
         )
-        columns = torch.split(cover_u, sizes, dim=-1)
-        left = torch.cat([c @ block for c, block in zip(columns, blocks, strict=True)], dim=-1)
-        if updates.all_lowrank:
-            return LowRank(left, cover_v.mT).to(updates.dtype)
-        return left @ cover_v.mT
+        left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
+        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
 
-    def _components(self, updates: Updates, ranks: Sequence[int], dtype: torch.dtype, ctx: Context) -> list[Components]:
+    def _cover(self, updates: Updates, ranks: Sequence[int], ctx: Context) -> Cover:
+        if updates.all_lowrank and self.basis_tol is None and (cover := factored_cover(updates, ranks)):
+            ctx.facts["svd"] = summarize([Evidence("factors", ranks[0])] * len(ranks))
+            return cover
         components, ctx.facts["svd"] = components_of(
             updates, ranks, accuracy=self.accuracy, tol=self.tol, seed=self.seed, key=ctx.key
         )
@@ -248,12 +231,17 @@ class DCMerge(Method, frozen=True):
                 "%s: singular values tie at the cut; one of several equally good truncations is used",
                 ctx.key or "dc_merge",
             )
-        smoothing = self.smoothing or ("average" if updates.all_lowrank else "none")
+        dtype = torch.float64 if updates.all_lowrank else updates.dtype
+        return cover_of(
+            [Components(*(x.to(dtype) for x in c)) for c in components],
+            self.basis_tol,
+            torch.finfo(updates.dtype).eps,  # LowRank updates: float64 work on factors of that precision
+        )
+
+    def _smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
+        kind = self.smoothing or ("average" if all_lowrank else "none")
         rho, tau = 5.0 if self.rho is None else self.rho, 1.0 if self.tau is None else self.tau
-        return [
-            Components(U.to(dtype), smooth_energy(S.to(dtype), smoothing, rho=rho, tau=tau), Vh.to(dtype))
-            for U, S, Vh in components
-        ]
+        return [smooth_energy(S, kind, rho=rho, tau=tau) for S in spectra]
 
     def _counts(self, live: Tensor, q: int) -> Tensor:
         """Entries of each core that TIES keeps, (..., T): null components take no part in N."""
@@ -323,7 +311,7 @@ class _Cores:
         return self.lefts[i] @ self.rights[i]
 
     def stack(self) -> Tensor:
-        """All cores, (..., T, k, k), each written in its place."""
+        """All cores, (..., T, k, k), each multiplied into its place."""
         *leading, k, _ = self.lefts[0].shape
         out = self.lefts[0].new_empty(*leading, len(self), k, k)
         for i in range(len(self)):

@@ -117,11 +117,11 @@ def create(name: str, options: Mapping[str, Any]) -> Method:
             f"unknown method {name!r}{nearest(name, list(_METHODS))} (known: {', '.join(sorted(_METHODS))})"
         )
     cls = _METHODS[name]
-    known = [f.name for f in msgspec.structs.fields(cls)]
+    known = cls.__struct_fields__
     for option in options:
         if option not in known:
             listing = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise OptionError(f"method {name!r} has no option {option!r}{nearest(option, known)} ({listing})")
+            raise OptionError(f"method {name!r} has no option {option!r}{nearest(option, list(known))} ({listing})")
     given = dict(options)
     if preset := preset_of(cls, given):
         for option, value in preset.options.items():

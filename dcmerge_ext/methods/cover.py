@@ -1,0 +1,123 @@
+"""The shared cover basis of all tasks' components (DC-Merge, arXiv 2603.06242, section 3.2), and how it is applied.
+
+With U = [U_1 .. U_T] the cover is the polar factor U~ = U (U'U)^(-1/2); in it the components of task i have the
+coordinates U~' U_i = H[:, I_i] with H = (U'U)^(1/2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcmerge_ext.linalg.polar import polar_with_values
+from dcmerge_ext.lowrank import LowRank
+from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.svd import Components
+from dcmerge_ext.svd.dense import eigh, svd
+from dcmerge_ext.updates import Updates
+
+_WORTH_THREADS = 256
+"""Order of the cover from which its two sides are worked on side by side: handing over costs about 2 ms."""
+_WORST_PIVOT = 1e-4
+_WORST_EIGENVALUE = 1e-8
+"""Conditions up to which Gram matrices in float64 keep what float32 factors hold."""
+
+
+class Side(NamedTuple):
+    """One side of a cover, U~ = factor @ mix."""
+
+    factor: Tensor
+    """(..., m, K)"""
+    mix: Tensor | None
+    """(..., K, k); None is the identity."""
+    root: Tensor
+    """(..., k, k): H"""
+    values: Tensor
+    """(..., k) singular values of U, descending, dropped ones 0."""
+
+    def basis(self) -> Tensor:
+        return self.factor if self.mix is None else self.factor @ self.mix
+
+    def times_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
+        """U~ times the block-diagonal matrix of ``blocks``, (..., m, k)."""
+        inner = self.factor if self.mix is None else self.mix
+        columns = torch.split(inner, [block.shape[-1] for block in blocks], dim=-1)
+        product = torch.cat([c @ block for c, block in zip(columns, blocks, strict=True)], dim=-1)
+        return product if self.mix is None else self.factor @ product
+
+
+class Cover(NamedTuple):
+    u: Side
+    v: Side
+    spectra: list[Tensor]
+    """(..., r_i) singular values of each task; 0 marks a null component."""
+
+
+def cover_of(components: list[Components], tol: float | None, round_off: float) -> Cover:
+    """The cover of dense components; empties the list, for each of them is as large as a matrix of the model."""
+    spectra = [c.S for c in components]
+    bases = [torch.cat([c.U for c in components], dim=-1), torch.cat([c.Vh.mT for c in components], dim=-1)]
+    components.clear()
+    u, v = side_by_side(
+        lambda basis: polar_with_values(basis, tol, round_off=round_off),
+        bases,
+        at_most=2 if bases[0].shape[-1] >= _WORTH_THREADS else 1,
+    )
+    return Cover(Side(u[0], None, u[1], u[2]), Side(v[0], None, v[1], v[2]), spectra)
+
+
+def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
+    """The cover of float32 LowRank updates of one rank, from the Gram matrices of their factors alone, in float64.
+
+    With B = [B_1 .. B_T] and L_i L_i' = B_i' B_i, orthonormal bases are B_i L_i^-T, so components, cover and coordinates
+    all are k x k matrices, and the long factors take part in two products only: B'B and B times the result.
+    None where the factors are too ill conditioned for that (or are not all alike): decompose them one by one.
+    """
+    stored = {spec.rank for spec in updates.specs}
+    if len(stored) != 1 or len(set(ranks)) != 1 or updates.dtype != torch.float32 or not ranks[0]:
+        return None
+    loaded = [update for update in updates if isinstance(update, LowRank)]
+    tasks, rank, kept = len(loaded), loaded[0].rank, ranks[0]
+    if not 0 < rank <= min(updates.shape[-2:]):
+        return None
+    sides = [torch.cat([u.left for u in loaded], -1).double(), torch.cat([u.right.mT for u in loaded], -1).double()]
+    grams = [side.mT @ side for side in sides]
+    factors = []
+    for gram in grams:
+        L, failed = torch.linalg.cholesky_ex(_diagonal_blocks(gram, tasks, rank))
+        pivots = L.diagonal(dim1=-2, dim2=-1)
+        if bool(failed.any()) or not bool((pivots.amin(-1) > _WORST_PIVOT * pivots.amax(-1)).all()):
+            return None
+        factors.append(L)
+    u, S, vh = svd(factors[0].mT @ factors[1])  # (..., T, r, r)
+    S = S[..., :kept]
+    if not bool((_WORST_PIVOT * S[..., :1] < S).all()):
+        return None
+    found = []
+    for side, gram, L, rotation in zip(sides, grams, factors, (u, vh.mT), strict=True):
+        frame = torch.linalg.solve_triangular(L.mT, rotation[..., :kept], upper=True)  # U_i = B_i frame_i
+        overlap = _by_blocks(frame.mT, _by_blocks(frame.mT, gram).mT)  # U'U
+        values, Z = eigh(overlap)
+        if not bool((values[..., 0] > _WORST_EIGENVALUE * values[..., -1]).all()):
+            return None
+        values = values.sqrt()
+        root = (Z * values[..., None, :]) @ Z.mT
+        inverse = (Z / values[..., None, :]) @ Z.mT
+        found.append(Side(side, _by_blocks(frame, inverse), root, values.flip(-1)))
+    return Cover(found[0], found[1], list(S.unbind(-2)))
+
+
+def _diagonal_blocks(gram: Tensor, tasks: int, rank: int) -> Tensor:
+    """(..., T, r, r) of (..., T r, T r)."""
+    blocks = gram.reshape(*gram.shape[:-2], tasks, rank, tasks, rank)
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _by_blocks(blocks: Tensor, X: Tensor) -> Tensor:
+    """The block-diagonal matrix of (..., T, p, q) times X (..., T q, n)."""
+    *leading, tasks, p, q = blocks.shape
+    product = blocks @ X.reshape(*leading, tasks, q, X.shape[-1])
+    return product.reshape(*leading, tasks * p, X.shape[-1])
