@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dcmerge_ext as dcm
 
-VENDOR = 4.0
+VENDOR = 2.0
 """Our error may be at most this many times LAPACK's in float32."""
 
 

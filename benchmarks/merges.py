@@ -21,6 +21,7 @@ from torch import Tensor
 
 import dcmerge_ext as dcm
 from dcmerge_ext import LowRank, ops
+from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import dc_merge
 
 SINGLE = 1e-4
@@ -82,7 +83,7 @@ def full_fine_tunes(
 def lora(
     setting: Setting, m: int, n: int, tasks: int, *, movement: float | None = None, form: str = "vision"
 ) -> Problem:
-    """``official="lora"``, multiplied out so that both sides give the same dense matrix.
+    """``official="lora"``: ours gives an adapter of rank T r, which is checked multiplied out; the reference a matrix.
 
     Args:
         movement: of adapters that share their initial A, see :func:`inputs.lora_updates`.
@@ -98,11 +99,11 @@ def lora(
     given = [u.to(torch.float64).dense() for u in updates] if m * n <= 1 << 20 else updates
     truth = oracle.cover([oracle.components(update, LORA_RANK, average=True) for update in given])
 
-    def check(answer: Tensor) -> Check:
-        return merge_check(oracle.distance(answer, truth, count), DOUBLE)
+    def check(answer: Update) -> Check:
+        return merge_check(oracle.distance(cases.dense(answer), truth, count), DOUBLE)
 
     return Problem(
-        ours=lambda: cases.dense(dc_merge(updates, **options)),
+        ours=lambda: dc_merge(updates, **options),
         rivals=[_lora_rival(form, updates)],
         check=check,
         rival_bound=SINGLE,

@@ -17,9 +17,12 @@ GROWTH_N, GROWTH_RANK, GROWTH_T = (
 _SOURCES: dict[str, Source] = {"j^-0.5": power_law(0.5), "j^-1": power_law(1.0), "digits": fine_tuned_digits}
 
 
+_FLOORS = {(3072, 768, 8): (4.0, 8.0), (768, 768, 20): (7.0, 12.0), (1024, 4096, 14): (5.0, 10.0)}
+
+
 def _full(m: int, n: int, tasks: int, inputs: str = "j^-0.5") -> Case:
     # With few tasks nearly all components are kept: then LAPACK does little that is not needed.
-    floor, aim = (1.0, 2.0) if tasks <= 4 else (3.0, 5.0)
+    floor, aim = (1.0, None) if tasks <= 4 else _FLOORS.get((m, n, tasks), (3.0, 5.0))
     return Case(
         f"full/{m}x{n}/T{tasks}/{inputs}",
         partial(full_fine_tunes, m=m, n=n, tasks=tasks, source=_SOURCES[inputs]),
@@ -31,14 +34,14 @@ def _full(m: int, n: int, tasks: int, inputs: str = "j^-0.5") -> Case:
 
 def _fast(inputs: str) -> Case:
     prepare = partial(full_fine_tunes, m=768, n=768, tasks=8, source=_SOURCES[inputs], accuracy="fast")
-    return Case(f"fast/768x768/T8/{inputs}", prepare, floor=3.0, aim=5.0)
+    return Case(f"fast/768x768/T8/{inputs}", prepare, floor=4.0, aim=8.0)
 
 
 def _svd(n: int, rank: int) -> Case:
     curves = [(GROWTH_N, float(n))] if n == 8 * rank else []
     curves += [(GROWTH_RANK, float(rank))] if n == 768 else []
     main = (n, rank) == (768, 96)
-    floor, aim = (2.0, 3.0) if main else (1.0, None)
+    floor, aim = (3.5, None) if main else (1.0, None)
     return Case(f"svd/{n}x{n}/r{rank}", partial(truncated_svd, n=n, rank=rank, rivals=main), floor, aim, curves)
 
 
@@ -49,27 +52,25 @@ CASES = [
     *(_full(3072, 768, tasks) for tasks in (2, 3, 4, 8)),
     _full(1024, 4096, 14),
     *(_fast(inputs) for inputs in _SOURCES),
-    Case("lora/768x768/T8/independent", partial(lora, m=768, n=768, tasks=8), floor=10.0, aim=30.0),
+    Case("lora/768x768/T8/independent", partial(lora, m=768, n=768, tasks=8), floor=100.0),
     Case(
         "lora/768x768/T8/shared-A",
         partial(lora, m=768, n=768, tasks=8, movement=0.02),
-        floor=10.0,
-        aim=30.0,
+        floor=100.0,
     ),
     Case(
         "lora/4096x4096/T8",
         partial(lora, m=4096, n=4096, tasks=8, form="extrapolated"),
-        floor=100.0,
-        aim=500.0,
+        floor=3000.0,
     ),
-    Case("lora/4096x11008/T8", partial(lora, m=4096, n=11008, tasks=8, form="llava"), floor=5.0, aim=10.0),
+    Case("lora/4096x11008/T8", partial(lora, m=4096, n=11008, tasks=8, form="llava"), floor=20.0),
     _svd(768, 96),
-    Case("svd/8x768x768/r96", partial(truncated_svd, n=768, rank=96, batch=8, rivals=True), floor=2.0, aim=3.0),
+    Case("svd/8x768x768/r96", partial(truncated_svd, n=768, rank=96, batch=8, rivals=True), floor=3.5),
     *(_svd(n, n // 8) for n in (256, 512, 1024, 1536, 2048)),
     *(_svd(768, rank) for rank in (8, 16, 32, 64, 128, 192, 256, 384)),
     Case("polar/768x768", partial(polar, m=768, blocks=8, width=96), floor=1.0),
     Case("polar/3072x768", partial(polar, m=3072, blocks=8, width=96), floor=1.0),
-    Case("trim-elect-mask/8x768x768", partial(trim_elect_mask, n=768, tasks=8), floor=5.0, aim=10.0),
+    Case("trim-elect-mask/8x768x768", partial(trim_elect_mask, n=768, tasks=8), floor=10.0, aim=20.0),
     Case(
         "model/llava-1.5-7b/T8",
         partial(llava, layers=32, hidden=4096, intermediate=11008, tasks=8),

@@ -30,7 +30,7 @@ class Limits(NamedTuple):
     """Relative standard error of the median of the ratios that is small enough."""
 
 
-FULL = Limits(least=7, most=41, seconds=60.0, precision=0.01)
+FULL = Limits(least=7, most=41, seconds=25.0, precision=0.01)
 QUICK = Limits(least=2, most=2, seconds=10.0, precision=1.0)
 
 

@@ -45,7 +45,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside the block (this thread and context only).
 
     Around a call of a function compiled by ``torch.compile`` it holds as for any other; inside such a function it
-    cannot be traced.
+    breaks the graph, which ``fullgraph=True`` refuses.
 
     Raises:
         BackendUnavailable: on entry, when the backend does not exist or cannot run here, with the reason.

@@ -4,8 +4,8 @@ An operator runs the function of the same name with its validation, so errors ar
 compiled function runs. Its fake kernel tells the shapes, dtypes and strides of the outputs and refuses nothing. Compilers
 leave out an operator whose result nothing uses, and its errors with it.
 
-The backend is chosen where the operator runs: ``use_backend`` holds around a call of the compiled function, and cannot
-be opened inside it. Gradients are not defined: the public functions detach their input, and backward through an
+The backend is chosen where the operator runs: ``use_backend`` holds around a call of the compiled function, and breaks
+the graph inside it. Gradients are not defined: the public functions detach their input, and backward through an
 operator that was called by name raises.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dcmerge_ext import ops
-from dcmerge_ext.linalg.polar import Polar, polar
+from dcmerge_ext.linalg.polar import Polar, polar, polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.svd.components import Accuracy, Components
 from dcmerge_ext.svd.start import Start
@@ -212,8 +212,8 @@ def _traced_truncated_svd(
 
 @custom_op("dcmerge::polar", mutates_args=(), schema="(Tensor X, float? tol) -> (Tensor, Tensor)")
 def _polar(X: Tensor, tol: float | None) -> tuple[Tensor, Tensor]:
-    Q, H = inspect.unwrap(polar)(X, tol=tol)
-    return Q.contiguous(), H.contiguous()
+    Q, H, _ = polar_with_values(X, tol)
+    return Q, H
 
 
 @_polar.register_fake

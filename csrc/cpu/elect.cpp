@@ -1,11 +1,9 @@
 // elect.cpp - trim, election, disjoint merge and structural mask on the CPU.     Contract: kernels/elect.h
 //
-// Mapping  runs of at most 512 neighbouring elements: the votes, sums and counts of a run stay in the first-level
-// cache,
+// Mapping  runs of at most 512 neighbouring elements: votes, sums and counts of a run stay in the first-level cache,
 //          where the second walk over the tasks finds its operands again. Every loop over a run vectorises.
 // Traffic  each kept element of the stack is read from memory once, each element of the result written once.
-// Order    the tasks are added in order 0 .. tasks-1 for every element, whatever the threads: same bytes for any
-// number.
+// Order    the tasks are added in order 0 .. tasks-1 for every element: the same bytes for any number of threads.
 
 #include "kernels/elect.h"
 

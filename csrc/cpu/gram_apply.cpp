@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/gram_apply_internal.h"
 #include "cpu/parallel.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -94,7 +95,15 @@ struct Vector {
     static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
         return {_mm512_fmadd_ps(a.v, b.v, c.v)};
     }
-    float sum() const { return _mm512_reduce_add_ps(v); }
+    // The order of _mm512_reduce_add_ps, in which g++ 12 starts from an undefined register, slower and with a warning.
+    float sum() const {
+        float lane[kWidth];
+        store(lane);
+        const __m256 half = _mm256_add_ps(_mm256_loadu_ps(lane), _mm256_loadu_ps(lane + 8));
+        const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+        return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+    }
 };
 #include "cpu/gram_apply_tile.h"
 }  // namespace avx512
@@ -105,26 +114,26 @@ struct Vector {
 #endif
 #endif  // DCM_X86
 
-struct Tiles {
-    int64_t rows;
-    void (*images)(const float*, const float*, int64_t, int64_t, float*);
-    void (*return_images)(const float*, const float*, int64_t, int64_t, float*);
-};
-
-Tiles best_tiles() {
-#ifdef DCM_X86
-    if (__builtin_cpu_supports("avx512f")) return {avx512::kRows, avx512::images, avx512::return_images};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {avx2::kRows, avx2::images, avx2::return_images};
-#endif
-    return {portable::kRows, portable::images, portable::return_images};
-}
-
 }  // namespace
 
+std::vector<GramApplyTiles> gram_apply_tiles() {
+    std::vector<GramApplyTiles> tiles;
+#ifdef DCM_X86
+    if (__builtin_cpu_supports("avx512f")) tiles.push_back({avx512::kRows, avx512::images, avx512::return_images});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        tiles.push_back({avx2::kRows, avx2::images, avx2::return_images});
+#endif
+    tiles.push_back({portable::kRows, portable::images, portable::return_images});
+    return tiles;
+}
+
 void gram_apply(const GramApplyParams& p) {
+    static const GramApplyTiles fastest = gram_apply_tiles().front();
+    gram_apply(p, fastest);
+}
+
+void gram_apply(const GramApplyParams& p, const GramApplyTiles& tiles) {
     DCM_REQUIRE(p.count >= 0 && p.m >= 0 && p.n >= 0 && p.threads >= 1, "needs sizes >= 0 and threads >= 1");
-    static const Tiles tiles = best_tiles();
     const int64_t groups = ceil_div(p.count, tiles.rows);
     const int64_t padded = groups * tiles.rows;
     std::vector<float> x(static_cast<size_t>(padded * p.n), 0.0F);  // whole tiles: zero rows beyond the last

@@ -2,9 +2,8 @@
 //
 // Mapping  digits of at most 11 bits, so that a histogram (16 KiB) stays in the first-level cache. After the first
 //          digit the few elements that share the leading bits are gathered, and the later digits look only at those.
-// Traffic  two reads of the data: one counts, one gathers. One read where few elements are asked for (trimming keeps
-// one
-//          in a thousand): those above a bound taken from a sample.
+// Traffic  two reads of the data: one counts, one gathers. One read where few elements are asked for, as in trimming
+//          to one in a thousand: it gathers those above a bound taken from a sample.
 // Threads  many rows: one row per thread. One long row: slices, each with its own histogram, added in slice order.
 
 #include "kernels/select.h"

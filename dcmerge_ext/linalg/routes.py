@@ -19,6 +19,8 @@ _SMALL = 1e-2
 """Eigenvalues of X'X below this fraction of the largest have lost digits that matter: their directions are redone."""
 _DOUBTFUL = 0.05
 """Below this fraction the images of the eigenvectors are orthogonal to fewer digits than eps, and are corrected."""
+_ROWS = 1024
+"""Rows converted to float64 at a time: a whole copy would be the largest thing in memory."""
 _CHEAP = 256
 """Up to this order all images are corrected: it costs little."""
 _MOST_SMALL = 0.25
@@ -93,7 +95,8 @@ def by_products(X: Tensor, tolerance: float) -> _Factors | None:
 
 def _directions(X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """P, s, Y with X Z = P diag(s) Y', s ascending, of few columns Z: without the squaring that spoilt them."""
-    image = X.double() @ Z.double()
+    wide = Z.double()
+    image = torch.cat([rows.double() @ wide for rows in torch.split(X, _ROWS)])
     if X.dtype == torch.float64:
         P, s, Yh = svd(image)
         return P.flip(1), s.flip(0), Yh.mT.flip(1)

@@ -19,8 +19,9 @@ from dcmerge_ext.svd import Components
 from dcmerge_ext.svd.dense import eigh, svd
 from dcmerge_ext.updates import Updates
 
-_WORTH_THREADS = 256
-"""Order of the cover from which its two sides are worked on side by side: handing over costs about 2 ms."""
+_SIDE_BY_SIDE = range(256, 2049)
+"""Orders of the cover whose two sides are worked on side by side. Below, handing over costs more (2 ms); above, one side
+keeps all cores busy and two would take twice the memory."""
 _WORST_PIVOT = 1e-4
 _WORST_EIGENVALUE = 1e-8
 """Conditions up to which Gram matrices in float64 keep what float32 factors hold."""
@@ -61,12 +62,16 @@ def cover_of(components: list[Components], tol: float | None, round_off: float) 
     spectra = [c.S for c in components]
     bases = [torch.cat([c.U for c in components], dim=-1), torch.cat([c.Vh.mT for c in components], dim=-1)]
     components.clear()
-    u, v = side_by_side(
-        lambda basis: polar_with_values(basis, tol, round_off=round_off),
-        bases,
-        at_most=2 if bases[0].shape[-1] >= _WORTH_THREADS else 1,
-    )
-    return Cover(Side(u[0], None, u[1], u[2]), Side(v[0], None, v[1], v[2]), spectra)
+    order = bases[0].shape[-1]
+
+    def side(i: int) -> Side:
+        basis = bases[i]
+        bases[i] = basis.new_empty(0)  # freed as soon as its factors are there
+        Q, H, values = polar_with_values(basis, tol, round_off=round_off)
+        return Side(Q, None, H, values)
+
+    u, v = side_by_side(side, range(2), at_most=2 if order in _SIDE_BY_SIDE else 1)
+    return Cover(u, v, spectra)
 
 
 def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:

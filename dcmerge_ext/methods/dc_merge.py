@@ -286,10 +286,12 @@ class DCMerge(Method, frozen=True):
         if ranks is None:
             return 3 * batch * m * n
         k, q = sum(ranks), min(m, n)
-        widen = 2 if all(spec.rank is not None for spec in specs) else 1  # float64 factors
-        decomposition = 0 if widen == 2 else 3 * m * n + 6 * q * q
-        whitening = (m + n) * k * 2 + 8 * min(m, k) * k
-        return batch * widen * (max(decomposition + (m + n) * k, whitening) + (0 if widen == 2 else m * n))
+        if all(spec.rank is not None for spec in specs):
+            return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
+        plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
+        one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
+        whitening = 3 * (m + n) * k + 6 * k * k
+        return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
 
 
 dc_merge = register(DCMerge)

@@ -14,8 +14,8 @@ from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.svd import Accuracy, Components, Evidence, Start, decompose, summarize
 from dcmerge_ext.updates import Updates
 
-_SIDE_BY_SIDE_BYTES = 256 << 20
-"""Updates decomposed at the same time hold at most this much, or are two: memory must not grow with T or the cores."""
+_SIDE_BY_SIDE_BYTES = 64 << 20
+"""Updates decomposed at the same time hold at most this much; larger ones follow in turn, on all threads."""
 
 
 def components_of(
@@ -41,7 +41,7 @@ def components_of(
 
     dense = [i for i, rank in enumerate(ranks) if rank and updates.specs[i].rank is None]
     size = math.prod(updates.shape) * updates.dtype.itemsize
-    side_by_side(reduce, dense, at_most=max(2, _SIDE_BY_SIDE_BYTES // max(size, 1)))
+    side_by_side(reduce, dense, at_most=_SIDE_BY_SIDE_BYTES // max(size, 1))
 
     alike: dict[tuple[int, int | None, torch.dtype], list[int]] = defaultdict(list)
     for i, rank in enumerate(ranks):
