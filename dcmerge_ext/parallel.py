@@ -27,30 +27,37 @@ if hasattr(os, "register_at_fork"):
 
 
 def side_by_side(
-    work: Callable[[_Item], _Result], items: Sequence[_Item], *, at_most: int | None = None
+    work: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    *,
+    at_most: int | None = None,
+    each: int | None = None,
 ) -> list[_Result]:
     """``[work(item) for item in items]``, as many at a time as torch has threads (and ``at_most``).
 
     The threads are divided evenly: a problem's share depends on their number and on the number of items, never on
-    timing. Each call runs in a copy of the caller's context, so a backend chosen by ``use_backend`` holds there too.
-    Called from inside itself it runs in turn, on the share of the caller. The first error is raised once the problems
+    timing. ``each`` fixes the share, so that a problem gives the same bytes however many others there are (LAPACK's
+    results depend on its number of threads). Each call runs in a copy of the caller's context, so a backend chosen by
+    ``use_backend`` holds there too. Called from inside itself it runs in turn, on the share of the caller. The first error is raised once the problems
     already begun have ended; the others are not begun.
     """
     threads = torch.get_num_threads()
     workers = min(len(items), threads, threads if at_most is None else max(1, at_most))
-    if workers <= 1 or getattr(_here, "is_worker", False):
+    share = max(1, threads // max(workers, 1)) if each is None else each
+    if getattr(_here, "is_worker", False) or (workers <= 1 and share == threads):
         return [work(item) for item in items]
     grad = torch.is_grad_enabled()
 
-    def share(item: _Item) -> _Result:
+    def run(item: _Item) -> _Result:
         _here.is_worker = True
-        if torch.get_num_threads() != threads // workers:  # setting it costs more than asking
-            torch.set_num_threads(threads // workers)
+        if torch.get_num_threads() != share:  # setting it costs more than asking
+            torch.set_num_threads(share)
         with torch.set_grad_enabled(grad):
             return work(item)
 
-    pool = _pools.setdefault(workers, ThreadPoolExecutor(workers, thread_name_prefix="dcmerge"))
-    futures = [pool.submit(copy_context().run, share, item) for item in items]
+    if workers not in _pools:
+        _pools[workers] = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="dcmerge")
+    futures = [_pools[workers].submit(copy_context().run, run, item) for item in items]
     try:
         return [future.result() for future in futures]
     finally:

@@ -85,15 +85,25 @@ uint64_t pick_bin(const std::vector<int64_t>& histogram, int64_t& k) {
     throw std::logic_error("kth_magnitude: rank exceeds the number of elements");
 }
 
-// Largest key of x[0 .. length), or at least of a run in which it matters: a plain reduction that vectorises.
+// Appends the keys of x[0 .. length) that are at least `bound`. Nearly all runs hold none: a vectorised maximum skips
+// those. False as soon as there are more than `most`.
 template <typename Float>
-DCM_MULTIVERSION typename Key<Float>::type largest_key(const Float* x, int64_t length) {
-    typename Key<Float>::type largest = 0;
-    for (int64_t i = 0; i < length; ++i) {
-        const auto key = magnitude_key(x[i]);
-        largest = key > largest ? key : largest;
+DCM_MULTIVERSION bool keys_above(const Float* x, int64_t length, typename Key<Float>::type bound, size_t most,
+                                 std::vector<typename Key<Float>::type>* found) {
+    using Bits = typename Key<Float>::type;
+    for (int64_t begin = 0; begin < length; begin += kScanRun) {
+        const int64_t end = std::min(begin + kScanRun, length);
+        Bits largest = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            const Bits key = magnitude_key(x[i]);
+            largest = key > largest ? key : largest;
+        }
+        if (largest < bound) continue;
+        for (int64_t i = begin; i < end; ++i)
+            if (magnitude_key(x[i]) >= bound) found->push_back(magnitude_key(x[i]));
+        if (found->size() > most) return false;
     }
-    return largest;
+    return true;
 }
 
 // The k-th largest where k is a small part of a long row: a sample bounds it from below, one pass keeps the few
@@ -112,13 +122,8 @@ bool select_above_bound(const Float* row, int64_t length, int64_t k, Float* out)
     const Bits bound = sample[static_cast<size_t>(rank)];
 
     std::vector<Bits> candidates;
-    for (int64_t begin = 0; begin < length; begin += kScanRun) {
-        const int64_t run = std::min(kScanRun, length - begin);
-        if (largest_key(row + begin, run) < bound) continue;
-        for (int64_t i = begin; i < begin + run; ++i)
-            if (magnitude_key(row[i]) >= bound) candidates.push_back(magnitude_key(row[i]));
-        if (static_cast<int64_t>(candidates.size()) > length / 4) return false;  // ties at the bound
-    }
+    if (!keys_above(row, length, bound, static_cast<size_t>(length / 4), &candidates))
+        return false;  // ties at the bound
     if (static_cast<int64_t>(candidates.size()) < k) return false;
     std::nth_element(candidates.begin(), candidates.begin() + (k - 1), candidates.end(), std::greater<Bits>());
     *out = from_key<Float>(candidates[static_cast<size_t>(k - 1)]);

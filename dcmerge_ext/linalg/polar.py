@@ -62,7 +62,9 @@ def polar_with_values(
     if not leading:
         return _one(X, tolerance, round_off)
     matrices = X.reshape(-1, m, n).unbind()
-    found = side_by_side(lambda matrix: _one(matrix, tolerance, round_off), matrices, at_most=None if X.is_cpu else 1)
+    found = side_by_side(
+        lambda matrix: _one(matrix, tolerance, round_off), matrices, at_most=None if X.is_cpu else 1, each=1
+    )
     Q, H, S = (torch.stack(parts) for parts in zip(*found, strict=True))
     return Q.reshape(X.shape), H.reshape(*leading, n, n), S.reshape(*leading, -1)
 

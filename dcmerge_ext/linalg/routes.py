@@ -15,7 +15,7 @@ from dcmerge_ext.svd.dense import eigh, svd
 
 _Factors = tuple[Tensor, Tensor, Tensor]
 
-_SMALL = 1e-2
+_SMALL = 5e-3
 """Eigenvalues of X'X below this fraction of the largest have lost digits that matter: their directions are redone."""
 _DOUBTFUL = 0.05
 """Below this fraction the images of the eigenvectors are orthogonal to fewer digits than eps, and are corrected."""
@@ -23,8 +23,8 @@ _ROWS = 1024
 """Rows converted to float64 at a time: a whole copy would be the largest thing in memory."""
 _CHEAP = 256
 """Up to this order all images are corrected: it costs little."""
-_MOST_SMALL = 0.25
-"""Above this fraction of such directions (copies of tasks, shared subspaces) an SVD is cheaper."""
+_MOST_SMALL = 0.6
+"""Above this fraction of such directions (copies of tasks) an SVD is cheaper. Tasks that share directions have 0.3."""
 
 
 def by_svd(X: Tensor, tolerance: float) -> _Factors:
@@ -56,23 +56,24 @@ def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors |
     if count > max(1, _MOST_SMALL * n) or not float(values[-1]) > 0:
         return None
     S = values.clamp(min=0).sqrt()
-    H = symmetric_product(Z * S, Z.mT)
     if doubtful == 0:
-        return X @ symmetric_product(Z / S, Z.mT), H, S.flip(0)
+        kept = tolerance * S[-1] < S
+        inverse = symmetric_product(Z * torch.where(kept, 1 / S, 0), Z.mT)
+        return X @ inverse, symmetric_product(Z * S, Z.mT), (S * kept).flip(0)
     image = X @ Z
     sound = image[:, count:]
     sound /= S[count:]
     _correct(sound, doubtful - count)
     if count:
         P, small, Y = _directions(X, Z[:, :count])
+        P *= small > tolerance * S[-1]  # round-off must not bend its neighbours
         P -= sound @ (sound.mT @ P)
         _correct(P, count)
         S[:count] = small
         Z[:, :count] = Z[:, :count] @ Y
-        image[:, :count] = P * (small > tolerance * S[-1])
-        H = symmetric_product(Z * S, Z.mT)
-    Q = image @ Z.mT
-    return Q, H, S.masked_fill(tolerance * S[-1] >= S, 0).flip(0)
+        image[:, :count] = P
+    kept = tolerance * S[-1] < S
+    return (image * kept) @ Z.mT, symmetric_product(Z * S, Z.mT), (S * kept).flip(0)
 
 
 def by_products(X: Tensor, tolerance: float) -> _Factors | None:

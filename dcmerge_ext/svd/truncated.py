@@ -83,7 +83,7 @@ def decompose(
         with _naming(f"matrix {index} of a batch of {m} x {n} matrices"):
             return _one(matrices[index], rank, accuracy, tol, start)
 
-    found = side_by_side(work, range(len(matrices)), at_most=None if A.is_cpu else 1)
+    found = side_by_side(work, range(len(matrices)), at_most=None if A.is_cpu else 1, each=1)
     return _stack([components for components, _ in found], leading, A, rank), [evidence for _, evidence in found]
 
 
