@@ -35,12 +35,10 @@ def full_fine_tunes(updates: Sequence[Tensor]) -> Tensor:
 
 
 def adapters(updates: Sequence[LowRank]) -> Tensor:
-    """Dense products B A, T full SVDs truncated to 16, average smoothing.
-
-    The bases have 16 T columns. The authors pad them to q columns and slice afterwards, two more SVDs of m x q and n x q
-    for the same result: not held against them.
-    """
-    return merge_smoothed([full_svd(update.dense(), LORA_RANK) for update in updates])
+    """Dense products B A, T full SVDs truncated to 16, average smoothing; bases padded with zeros to q columns, whitened,
+    and then cut to 16 T columns, as the authors have it."""
+    parts = [full_svd(update.dense(), LORA_RANK) for update in updates]
+    return merge_smoothed(parts, padding=min(updates[0].shape) - LORA_RANK * len(parts))
 
 
 def llava(updates: Sequence[LowRank]) -> Tensor:
@@ -58,20 +56,22 @@ def randomized_svd(delta: Tensor, rank: int) -> Parts:
     return Parts(U, S, V.T)
 
 
-def merge_smoothed(parts: Sequence[Parts]) -> Tensor:
+def merge_smoothed(parts: Sequence[Parts], padding: int = 0) -> Tensor:
     """Every singular value becomes the mean of its task's."""
     smoothed = [Parts(U, S.mean().expand_as(S), Vh) for U, S, Vh in parts]
-    return merge(smoothed, width=sum(len(p.S) for p in parts))
+    return merge(smoothed, width=sum(len(p.S) for p in parts), padding=max(0, padding))
 
 
-def merge(parts: Sequence[Parts], width: int) -> Tensor:
-    """All after the decompositions. ``width``: columns of the bases, the side of the cores and the base of the counts."""
+def merge(parts: Sequence[Parts], width: int, padding: int = 0) -> Tensor:
+    """All after the decompositions. ``width``: columns of the bases, the side of the cores and the base of the counts;
+    ``padding``: zero columns beyond, whitened, too, and cut off."""
     first, rank = parts[0], len(parts[0].S)
-    basis_u, basis_v = first.U.new_zeros(len(first.U), width), first.Vh.new_zeros(width, first.Vh.shape[1])
+    full = width + padding
+    basis_u, basis_v = first.U.new_zeros(len(first.U), full), first.Vh.new_zeros(full, first.Vh.shape[1])
     for i, (U, _, Vh) in enumerate(parts):
         basis_u[:, i * rank : (i + 1) * rank] = U
         basis_v[i * rank : (i + 1) * rank] = Vh
-    left, right = polar_by_svd(basis_u), polar_by_svd(basis_v)
+    left, right = polar_by_svd(basis_u)[:, :width], polar_by_svd(basis_v)[:width]
     truncated = [(U * S) @ Vh for U, S, Vh in parts]
     cores = torch.stack([torch.linalg.multi_dot((left.T, delta, right.T)) for delta in truncated])
     core = elect(cores, thresholds(cores, max(1, int(KEEP * width**2))), rank)

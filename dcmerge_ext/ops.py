@@ -165,9 +165,10 @@ def orthonormalize(rows: Tensor, *, worst_pivot: float = 0.0) -> Tensor | None:
 
     Args:
         rows: (count, length), float32 or float64, finite.
-        worst_pivot: smallest diagonal entry of L, relative to the largest, of rows that count as independent.
+        worst_pivot: smallest diagonal entry of L, relative to the largest, of rows that count as independent. At 0,
+            round-off decides whether exactly dependent rows are told from nearly dependent ones.
     Returns:
-        (count, length), rows orthonormal to the dtype's eps in float32; None where the rows are dependent.
+        (count, length), rows orthonormal to float32's eps down to pivots of 1e-4; None where the rows are dependent.
     Raises:
         ValueError: not a matrix.   TypeError: another dtype.
     """
@@ -190,10 +191,11 @@ def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:
         ValueError: shapes, dtypes or strides that differ from that.
     """
     shapes = x.ndim == a.ndim == image.ndim == 2 and x.shape[1] == a.shape[1] and image.shape == (len(x), len(a))
-    if not shapes or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (x, a, image)):
+    fit = all(t.dtype == torch.float32 and t.is_contiguous() and t.device == a.device for t in (x, a, image))
+    if not (shapes and fit):
         raise ValueError(
-            "gram_apply: needs contiguous float32 x (count, n), a (m, n) and image (count, m), got "
-            + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, a, image))
+            "gram_apply: needs contiguous float32 x (count, n), a (m, n) and image (count, m) on one device, got "
+            + ", ".join(f"{tuple(t.shape)} {t.dtype} {t.device}" for t in (x, a, image))
         )
     back: Tensor = for_device(a.device).gram_apply(x, a, image)
     return back

@@ -67,13 +67,15 @@ def philox(counter: Sequence[Tensor], key: int) -> list[Tensor]:
 
 
 def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
+    if len(rows) == 0:
+        return torch.empty_like(rows)
     wide = rows.double()
     L, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
     smallest, largest = L.diagonal().aminmax()
     if int(failed) or not float(smallest) > worst_pivot * float(largest):
         return None
     basis: Tensor = torch.linalg.solve_triangular(L, wide, upper=False)
-    return basis.to(rows.dtype, memory_format=torch.contiguous_format)  # LAPACK leaves columns behind
+    return basis.to(rows.dtype).contiguous()  # LAPACK leaves columns behind
 
 
 def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from types import ModuleType
 
+import cases
 import pytest
 import torch
 
@@ -19,18 +21,28 @@ from dcmerge_ext.errors import BackendUnavailable
 from dcmerge_ext.methods import dc_merge, ties
 
 BACKENDS_MODULE = importlib.import_module("dcmerge_ext.backends")  # the package hides it behind the function
-OPERATIONS = ["kth_magnitude", "magnitude_histogram", "elect"]
+OPERATIONS = [
+    name
+    for name, member in vars(ops).items()
+    if inspect.isfunction(member) and member.__module__ == ops.__name__ and not name.startswith("_")
+]
 MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": _native}
 STACK = torch.tensor([[[1.0, -2.0]], [[3.0, 4.0]]])
+ROWS = STACK[:, 0]
+CALLS: dict[str, Callable[[], object]] = {
+    "kth_magnitude": lambda: ops.kth_magnitude(STACK, 1),
+    "magnitude_histogram": lambda: ops.magnitude_histogram(
+        STACK, torch.zeros(1 << 16, dtype=torch.int64), shift=15, width=16
+    ),
+    "elect": lambda: ops.elect(STACK),
+    "rademacher": lambda: ops.rademacher(2, 3, seed=0),
+    "orthonormalize": lambda: ops.orthonormalize(ROWS),
+    "gram_apply": lambda: ops.gram_apply(ROWS, ROWS, torch.empty(2, 2)),
+}
 
 
 def call(operation: str) -> None:
-    if operation == "kth_magnitude":
-        ops.kth_magnitude(STACK, 1)
-    elif operation == "elect":
-        ops.elect(STACK)
-    else:
-        ops.magnitude_histogram(STACK, torch.zeros(1 << 16, dtype=torch.int64), shift=15, width=16)
+    CALLS[operation]()
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +72,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_IMPORT_ERROR", "No module named '_cpu'; build it with: pip install .")
     monkeypatch.setattr(BACKENDS_MODULE, "_warned", set())
+
+
+def test_each_operation_is_called_here_and_belongs_to_each_backend() -> None:
+    assert list(CALLS) == OPERATIONS
+    for module in MODULES.values():
+        assert all(callable(getattr(module, operation)) for operation in OPERATIONS)
 
 
 def test_the_native_core_is_built() -> None:
@@ -117,7 +135,7 @@ class TestChoice:
 
 
 def test_methods_run_on_the_chosen_backend(ran: list[tuple[str, str]]) -> None:
-    updates = [torch.ones(4, 3), torch.eye(4, 3)]
+    updates = cases.full_updates(8, 300, 260, dtype=torch.float32)  # ranks far below the sizes: block Krylov
     with use_backend("reference"):
         dc_merge(updates)
         ties(updates)

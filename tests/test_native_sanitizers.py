@@ -166,9 +166,19 @@ BUGS = {
         "reinterpret_cast<Float*>(reinterpret_cast<char*>(p.out) + 1) + b * size + run.begin)",
         "runtime error: store to misaligned address",
     ),
+    "columns beyond the last": Bug(
+        "address", "cpu/orthonormalize.cpp", "std::min(begin + kRun, p.length)", "begin + kRun", OVERFLOW
+    ),
+    "tail as wide as a tile": Bug("address", "cpu/gram_apply_tile.h", "k = c; k < n", "k = c; k < c + kTile", OVERFLOW),
     "histogram shared by threads": Bug("thread", "cpu/select.cpp", "partial.data() + s * bins", "partial.data()", RACE),
     "scratch shared by threads": Bug(
         "thread", "cpu/elect.cpp", "Float votes[kRun];", "static Float votes[kRun];", RACE
+    ),
+    "scratch shared by problems": Bug(
+        "thread", "cpu/orthonormalize.cpp", "double lanes[kLanes] = {};", "static double lanes[kLanes] = {};", RACE
+    ),
+    "sums shared by slices": Bug(
+        "thread", "cpu/gram_apply.cpp", "(s * padded + g * tiles.rows)", "g * tiles.rows", RACE
     ),
     "runs that overlap": Bug("thread", "cpu/philox.cpp", "(run + 1) * kRun", "(run + 2) * kRun", RACE),
     "ties at the threshold trimmed": Bug(
@@ -188,6 +198,6 @@ def test_a_planted_bug_is_reported(name: str, build: Callable[[str], Build], tmp
     changed.write_text(text.replace(bug.right, bug.wrong))
     sources = [csrc / source.relative_to(CSRC) if source.is_relative_to(CSRC) else source for source in SOURCES]
     affected = [s for s in sources if s == changed or f'#include "{bug.file}"' in s.read_text()]
-    done = linked_and_run(command, objects | compiled(command, affected, csrc, tmp_path), tmp_path, changed.stem)
+    done = linked_and_run(command, objects | compiled(command, affected, csrc, tmp_path), tmp_path, affected[0].stem)
     assert done.returncode != 0
     assert bug.report in done.stdout

@@ -332,6 +332,190 @@ class TestElect:
         assert torch.equal(stack, before)
 
 
+# --- orthonormalize --------------------------------------------------------------------------------------------------
+
+ROUND_OFF = {torch.float32: 1e-6, torch.float64: 1e-11}
+"""Largest error of an entry of a basis or a projector, for blocks that are far from dependent."""
+
+
+class TestOrthonormalize:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (3, 3), (5, 17), (8, 300), (15, 33), (16, 64), (17, 65)])
+    def test_the_rows_are_orthonormal_and_span_what_qr_does(
+        self, dtype: torch.dtype, shape: tuple[int, int], backend: str
+    ) -> None:
+        rows = cases.normal(*shape, seed=25, dtype=dtype)
+        basis = ops.orthonormalize(rows)
+        assert basis is not None
+        assert (basis.dtype, basis.shape) == (dtype, shape)
+        wide, Q = basis.double(), torch.linalg.qr(rows.double().mT).Q
+        assert (wide @ wide.mT - torch.eye(shape[0])).abs().max() < ROUND_OFF[dtype]
+        assert (wide.mT @ wide - Q @ Q.mT).abs().max() < ROUND_OFF[dtype]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_basis_is_contiguous(self, dtype: torch.dtype, backend: str) -> None:
+        basis = ops.orthonormalize(cases.normal(5, 17, seed=25, dtype=dtype))
+        assert basis is not None
+        assert basis.is_contiguous()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_each_row_is_one_of_the_basis_plus_those_before_it(self, dtype: torch.dtype, backend: str) -> None:
+        rows = cases.normal(16, 70, seed=26, dtype=dtype)
+        basis = ops.orthonormalize(rows)
+        assert basis is not None
+        L = rows.double() @ basis.double().mT
+        assert L.triu(1).abs().max() < 100 * ROUND_OFF[dtype]
+        assert (L.diagonal() > 0).all()
+        assert (L.tril() @ basis.double() - rows).abs().max() < 100 * ROUND_OFF[dtype]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("scale", [1e-15, 1e15])
+    def test_the_scale_of_the_rows_does_not_matter(self, dtype: torch.dtype, scale: float, backend: str) -> None:
+        rows = cases.normal(7, 90, seed=27, dtype=dtype)
+        basis, scaled = ops.orthonormalize(rows), ops.orthonormalize(rows * scale)
+        assert basis is not None
+        assert scaled is not None
+        assert (basis - scaled).abs().max() < ROUND_OFF[dtype]
+
+    def test_rows_of_very_different_lengths(self, backend: str) -> None:
+        rows = cases.normal(6, 90, seed=28, dtype=torch.float32)
+        basis = ops.orthonormalize(rows)
+        scaled = ops.orthonormalize(rows * 10.0 ** torch.tensor([-12, 9, 0, -5, 12, 3])[:, None])
+        assert basis is not None
+        assert scaled is not None
+        assert (basis - scaled).abs().max() < 1e-6
+
+    def test_nearly_dependent_rows_of_float32_come_out_orthonormal_to_its_round_off(self, backend: str) -> None:
+        rows = cases.normal(16, 768, seed=29)
+        rows[1] = rows[0] + 1e-4 * rows[1]  # float32's QR loses four digits of these
+        basis = ops.orthonormalize(rows.float(), worst_pivot=1e-5)
+        assert basis is not None
+        wide = basis.double()
+        assert (wide @ wide.mT - torch.eye(16)).abs().max() < torch.finfo(torch.float32).eps
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "dependent",
+        [
+            lambda rows: rows[[0, 1, 0]],
+            lambda rows: torch.cat([rows, rows[:1] - 2 * rows[1:2]]),
+            lambda rows: torch.cat([torch.zeros_like(rows[:1]), rows]),
+            lambda rows: torch.cat([rows, torch.zeros_like(rows[:1])]),
+            torch.zeros_like,
+            lambda rows: rows[:, :3],
+            lambda rows: rows[:, :0],
+        ],
+        ids=["repeated", "combined", "zero first", "zero last", "all zero", "more than columns", "no columns"],
+    )
+    def test_dependent_rows_give_none(
+        self, dtype: torch.dtype, dependent: Callable[[Tensor], Tensor], backend: str
+    ) -> None:
+        rows = dependent(cases.normal(4, 60, seed=30, dtype=dtype))
+        assert ops.orthonormalize(rows, worst_pivot=1e-6) is None
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_worst_pivot_counts_as_dependent(self, dtype: torch.dtype, backend: str) -> None:
+        rows = torch.tensor([[0, 4, 0], [2.0**-8, 0, 0], [0, 0, 1]], dtype=dtype)  # L is diagonal: 4, 2**-8, 1
+        assert ops.orthonormalize(rows, worst_pivot=2.0**-10) is None
+        basis = ops.orthonormalize(rows, worst_pivot=0.999 * 2.0**-10)
+        assert basis is not None
+        assert basis.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+    @pytest.mark.parametrize("size", [1e-200, 1e200])
+    def test_squares_out_of_range_give_none(self, size: float, backend: str) -> None:
+        assert ops.orthonormalize(size * torch.eye(2, 3, dtype=torch.float64)) is None
+
+    @pytest.mark.parametrize("length", [0, 5])
+    def test_no_rows_have_an_empty_basis(self, length: int, backend: str) -> None:
+        basis = ops.orthonormalize(torch.zeros(0, length))
+        assert basis is not None
+        assert basis.shape == (0, length)
+
+    @pytest.mark.parametrize(
+        "view",
+        [lambda x: x[:, ::2], lambda x: x[::3], lambda x: x[:, :20].mT[:9], lambda x: x[:, 7:60], lambda x: x[1:2]],
+        ids=["every second column", "every third row", "transposed", "some columns", "one row"],
+    )
+    def test_strided_views(self, view: Callable[[Tensor], Tensor], backend: str) -> None:
+        rows = view(cases.normal(12, 80, seed=31, dtype=torch.float32))
+        before = rows.clone()
+        found, expected = (
+            ops.orthonormalize(rows),
+            ops.orthonormalize(rows.clone(memory_format=torch.contiguous_format)),
+        )
+        assert found is not None
+        assert expected is not None
+        assert found.is_contiguous()
+        assert torch.equal(found, expected)
+        assert torch.equal(rows, before)
+
+
+# --- gram_apply ------------------------------------------------------------------------------------------------------
+
+
+def applied(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """(image, back); the image is NaN before the call."""
+    image = x.new_full((len(x), len(a)), torch.nan)
+    back = ops.gram_apply(x, a, image)
+    return image, back
+
+
+class TestGramApply:
+    @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 17])
+    @pytest.mark.parametrize("size", [(1, 1), (3, 50), (50, 3), (47, 33), (384, 48), (385, 49), (1_000, 101)])
+    def test_equals_products_in_float64(self, count: int, size: tuple[int, int], backend: str) -> None:
+        m, n = size
+        x, a = cases.normal(count, n, seed=32, dtype=torch.float32), cases.normal(m, n, seed=33, dtype=torch.float32)
+        image, back = applied(x, a)
+        assert (back.dtype, back.shape, back.is_contiguous()) == (torch.float32, (count, n), True)
+        eps = torch.finfo(torch.float32).eps
+        scale = x.double().norm(dim=1)[:, None] * a.double().norm(dim=1)
+        assert ((image - x.double() @ a.double().mT).abs() <= eps * n**0.5 * scale).all()
+        scale = image.double().norm(dim=1)[:, None] * a.double().norm(dim=0)
+        assert ((back - image.double() @ a.double()).abs() <= eps * m**0.5 * scale).all()
+
+    @pytest.mark.parametrize("count", range(1, 18))
+    def test_whole_numbers_are_exact(self, count: int, backend: str) -> None:
+        x, a = (cases.normal(rows, 77, seed=34).mul(2).round().float() for rows in (count, 440))
+        image, back = applied(x, a)
+        assert torch.equal(image.double(), x.double() @ a.double().mT)
+        assert torch.equal(back.double(), image.double() @ a.double())
+
+    @pytest.mark.parametrize("empty", [(0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 3), (4, 0, 0), (0, 5, 0), (0, 0, 0)])
+    def test_empty_sizes_give_zeros(self, empty: tuple[int, int, int], backend: str) -> None:
+        count, m, n = empty
+        image, back = applied(torch.ones(count, n), torch.ones(m, n))
+        assert torch.equal(image, torch.zeros(count, m))
+        assert torch.equal(back, torch.zeros(count, n))
+
+    def test_an_entry_that_is_not_finite_stays_in_its_row(self, backend: str) -> None:
+        x = torch.ones(9, 40)
+        x[3, 7] = torch.nan
+        image, back = applied(x, torch.ones(50, 40))
+        others = torch.arange(9) != 3
+        assert image[3].isnan().all()
+        assert back[3].isnan().all()
+        assert (image[others] == 40).all()
+        assert (back[others] == 2_000).all()
+
+    def test_the_operands_are_left_alone(self, backend: str) -> None:
+        x, a = cases.normal(5, 30, seed=35, dtype=torch.float32), cases.normal(60, 30, seed=36, dtype=torch.float32)
+        before = x.clone(), a.clone()
+        applied(x, a)
+        assert torch.equal(x, before[0])
+        assert torch.equal(a, before[1])
+
+    @pytest.mark.parametrize("m", [100, 384, 385, 1_500])
+    def test_one_and_two_threads_return_the_same_bytes(self, m: int, restore_threads: None) -> None:
+        x, a = cases.normal(17, 101, seed=37, dtype=torch.float32), cases.normal(m, 101, seed=38, dtype=torch.float32)
+        with use_backend("cpu"):
+            torch.set_num_threads(1)
+            alone = applied(x, a)
+            torch.set_num_threads(2)
+            for _ in range(3):
+                assert all(same_bits(one, two) for one, two in zip(alone, applied(x, a), strict=True))
+
+
 # --- every operation -------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +628,8 @@ def test_one_and_two_threads_return_the_same_bytes(
 X = torch.ones(2, 5)
 STACK = torch.ones(2, 3, 4, 4)
 BINS = torch.zeros(1 << 16, dtype=torch.int64)
+A, IMAGE = torch.ones(3, 5), torch.ones(2, 3)
+GRAM_APPLY = r"gram_apply: needs contiguous float32 x \(count, n\), a \(m, n\) and image \(count, m\), got "
 
 BAD_CALLS = [
     (lambda: ops.kth_magnitude(X, 0), ValueError, r"kth_magnitude: counts must lie in 1 \.\. 5, got 0 \.\. 0"),
@@ -466,6 +652,26 @@ BAD_CALLS = [
     (lambda: ops.elect(torch.ones(2, 3, 4), blocks=[3]), ValueError, r"adding up to 3 = 4"),
     (lambda: ops.elect(STACK, zero_sum=2), ValueError, r"zero_sum must be -1, 0 or 1 .* got 2"),
     (lambda: ops.elect(STACK, reduce="max"), ValueError, r"reduce 'mean' or 'sum', got 0, 'max'"),
+    (lambda: ops.orthonormalize(X[0]), ValueError, r"orthonormalize: needs rows \(count, length\), got \(5,\)"),
+    (lambda: ops.orthonormalize(X[None]), ValueError, r"got \(1, 2, 5\)"),
+    (lambda: ops.orthonormalize(X.half()), TypeError, r"orthonormalize: needs float32 or float64, got torch.float16"),
+    (lambda: ops.orthonormalize(X.long()), TypeError, r"got torch.int64"),
+    (
+        lambda: ops.gram_apply(X, A[:, :4].clone(), IMAGE),
+        ValueError,
+        GRAM_APPLY + r"\(2, 5\) .*, \(3, 4\) .*, \(2, 3\)",
+    ),
+    (lambda: ops.gram_apply(X, A, IMAGE.mT.contiguous()), ValueError, GRAM_APPLY + r".*, \(3, 2\) torch.float32"),
+    (lambda: ops.gram_apply(X, A, IMAGE[0]), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(X[0], A, IMAGE[0]), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(X[None], A[None], IMAGE[None]), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(torch.ones(2, 10)[:, ::2], A, IMAGE), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(X, torch.ones(5, 3).mT, IMAGE), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(X, A, torch.ones(3, 2).mT), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(X.double(), A, IMAGE), ValueError, GRAM_APPLY + r"\(2, 5\) torch.float64"),
+    (lambda: ops.gram_apply(X.double(), A.double(), IMAGE.double()), ValueError, GRAM_APPLY),
+    (lambda: ops.gram_apply(X, A.bfloat16(), IMAGE), ValueError, GRAM_APPLY + r".*torch.bfloat16"),
+    (lambda: ops.gram_apply(X, A, IMAGE.long()), ValueError, GRAM_APPLY + r".*torch.int64"),
 ]
 
 

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from dcmerge_ext.errors import ConvergenceError
+from dcmerge_ext.linalg import routes
 from dcmerge_ext.linalg.polar import default_tolerance, polar, polar_with_values
+from dcmerge_ext.linalg.routes import by_eigenvectors, by_products, by_svd
+from dcmerge_ext.products import symmetric_product
 
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
 SHAPES = [(40, 12), (12, 12), (12, 40), (1, 5), (5, 1), (1, 1)]
 
@@ -158,3 +162,193 @@ def test_the_input_is_left_alone() -> None:
 def test_non_finite_input_raises() -> None:
     with pytest.raises(ConvergenceError, match=r"polar factor of a 3 x 3 matrix failed"):
         polar(torch.full((3, 3), float("nan")))
+
+
+def concatenated(rows: int, tasks: int, rank: int, kind: str, seed: int = 20) -> Tensor:
+    """Orthonormal blocks of several tasks side by side, float64."""
+    blocks = [cases.orthonormal(rows, rank, seed + i) for i in range(tasks)]
+    if kind == "a copy":
+        blocks[1] = blocks[0].clone()
+    elif kind == "copies":
+        blocks = [blocks[0]] * tasks
+    elif kind.startswith("perturbed by"):
+        noise = cases.normal(rows, rank, seed=seed + 99) / rows**0.5
+        blocks[1] = torch.linalg.qr(blocks[0] + float(kind.split()[2]) * noise).Q
+    elif kind == "shared directions":
+        blocks[1:] = [torch.linalg.qr(torch.cat([blocks[0][:, :2], b], dim=1)).Q[:, :rank] for b in blocks[1:]]
+    elif kind == "null components":
+        blocks[1] = blocks[1] * (torch.arange(rank) < rank // 2)
+        blocks[2] = torch.zeros_like(blocks[2])
+    return torch.cat(blocks, dim=1)
+
+
+def check_polar(X: Tensor, found: tuple[Tensor, Tensor, Tensor], tol: float | None = None) -> None:
+    """Against the singular vectors in float64: an isometry of what is kept, and the root of X'X."""
+    (Q, H, values), (m, n), eps = (x.double() for x in found), X.shape, EPS[X.dtype]
+    assert {x.dtype for x in found} == {X.dtype}
+    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    largest, bound = S[0].item() or 1.0, 8 * max(m, n) ** 0.5 * eps
+    tol = default_tolerance(m, n, X.dtype) if tol is None else tol
+    kept = tol * S[0] < S
+    root = Vh.T * S @ Vh
+    count, U, Vh = int(kept.sum()), U[:, kept], Vh[kept]
+    smallest = S[kept][-1].item() / largest if count else 1.0
+    assert (values > 0).tolist() == kept.tolist()
+    assert (values - S * kept).abs().max() <= bound * largest
+    assert (values.diff() <= 0).all()
+    isometry = torch.linalg.svdvals(Q)
+    assert torch.allclose(isometry[:count], torch.ones(count, dtype=torch.float64), rtol=0, atol=bound)
+    assert torch.allclose(isometry[count:], torch.zeros(min(m, n) - count, dtype=torch.float64), rtol=0, atol=bound)
+    assert spectral(Q - U @ Vh) <= bound / smallest
+    assert spectral(Q @ H - U * S[kept] @ Vh) <= bound * largest
+    torch.testing.assert_close(H, H.T, rtol=0, atol=2 * eps * largest)
+    assert torch.linalg.eigvalsh(H)[0] >= -bound * largest
+    assert spectral(H - root) <= bound * largest
+
+
+SQUARE, TALL = [(64, 4, 16), (288, 9, 32)], [(96, 3, 16), (400, 8, 36)]
+KINDS = ["random", "a copy", "shared directions", "null components"]
+
+
+class TestConcatenatedBases:
+    @pytest.mark.parametrize("kind", [*KINDS, "copies"])
+    @pytest.mark.parametrize(("rows", "tasks", "rank"), SQUARE + TALL)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_equal_the_singular_vectors_in_float64(
+        self, rows: int, tasks: int, rank: int, kind: str, dtype: torch.dtype
+    ) -> None:
+        X = concatenated(rows, tasks, rank, kind).to(dtype)
+        tolerance = default_tolerance(*X.shape, dtype)
+        check_polar(X, polar_with_values(X))
+        check_polar(X, by_svd(X, tolerance))
+        if (found := by_eigenvectors(X, tolerance, EPS[dtype])) is not None:
+            check_polar(X, found)
+
+    @pytest.mark.parametrize("kind", [*KINDS, "copies"])
+    @pytest.mark.parametrize(("rows", "tasks", "rank"), SQUARE + TALL)
+    def test_the_eigenvectors_are_left_where_most_directions_are_small(
+        self, rows: int, tasks: int, rank: int, kind: str
+    ) -> None:
+        X = concatenated(rows, tasks, rank, kind).float()
+        small = (torch.linalg.svdvals(X.double()).square() < routes._SMALL * spectral(X) ** 2).double().mean().item()
+        found = by_eigenvectors(X, default_tolerance(*X.shape, X.dtype), EPS[X.dtype])
+        assert (found is None) == (small > routes._MOST_SMALL)
+
+    @pytest.mark.parametrize("size", [0.3, 1e-2, 1e-3])
+    @pytest.mark.parametrize(("rows", "tasks", "rank"), TALL)
+    def test_nearly_equal_tasks(self, rows: int, tasks: int, rank: int, size: float) -> None:
+        X = concatenated(rows, tasks, rank, f"perturbed by {size}").float()
+        check_polar(X, polar_with_values(X))
+        check_polar(X, by_svd(X, default_tolerance(*X.shape, X.dtype)))
+
+    @pytest.mark.parametrize(
+        ("rows", "tasks", "rank", "size"),
+        [(64, 4, 16, 1e-2), (288, 9, 32, 1e-2), (96, 3, 16, 1e-4)],
+    )
+    def test_tasks_of_which_two_are_nearly_equal(self, rows: int, tasks: int, rank: int, size: float) -> None:
+        X = concatenated(rows, tasks, rank, f"perturbed by {size}").float()
+        values = torch.linalg.svdvals(X.double())
+        assert values[-1] > 2e-6 * values[0]
+        check_polar(X, polar_with_values(X, 1e-6), tol=1e-6)
+
+    def test_differences_below_round_off_are_no_directions(self) -> None:
+        X = concatenated(96, 3, 16, "perturbed by 1e-9").float()
+        _, _, values = polar_with_values(X)
+        assert int((values > 0).sum()) == 32
+
+    def test_a_batch_equals_the_loop(self) -> None:
+        X = torch.stack([concatenated(96, 3, 16, kind).float() for kind in (*KINDS, "copies")])
+        X = torch.cat([X, torch.zeros(1, 96, 48)]).reshape(2, 3, 96, 48)
+        found = polar_with_values(X)
+        assert [x.shape for x in found] == [(2, 3, 96, 48), (2, 3, 48, 48), (2, 3, 48)]
+        for i in range(2):
+            for j in range(3):
+                for one, several in zip(polar_with_values(X[i, j]), found, strict=True):
+                    assert torch.equal(one, several[i, j])
+
+
+class TestRoutes:
+    @pytest.mark.parametrize("small", [0, 1, 3, 40])
+    @pytest.mark.parametrize("condition", [10, 1e2, 1e3, 1e4])
+    def test_float32_is_orthonormal_and_exact_with_few_small_directions(self, condition: float, small: int) -> None:
+        ends = torch.logspace(0, -torch.tensor(condition).log10(), small + 1, dtype=torch.float64)[1:]
+        spectrum = torch.cat([torch.linspace(1, 0.5, 280 - small, dtype=torch.float64), ends])
+        X = cases.with_spectrum(300, 280, spectrum, seed=small).float()
+        found = by_eigenvectors(X, default_tolerance(300, 280, X.dtype), EPS[X.dtype])
+        assert found is not None
+        check_polar(X, found)
+
+    @pytest.mark.parametrize("condition", [1e4, 1e8])
+    @pytest.mark.parametrize("route", ["eigenvectors", "svd"])
+    def test_float64(self, condition: float, route: str) -> None:
+        ends = condition ** torch.linspace(0, -1, 11, dtype=torch.float64)[1:]
+        X = cases.with_spectrum(120, 100, torch.cat([torch.linspace(1, 0.5, 90, dtype=torch.float64), ends]), seed=3)
+        tolerance = default_tolerance(120, 100, X.dtype)
+        found = by_svd(X, tolerance) if route == "svd" else by_eigenvectors(X, tolerance, EPS[X.dtype])
+        assert found is not None
+        check_polar(X, found)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("m", "n"), [(300, 300), (400, 290), (40, 12), (7, 1), (1, 1)])
+    def test_products_equal_the_singular_vectors(self, m: int, n: int, dtype: torch.dtype) -> None:
+        X = cases.with_spectrum(m, n, torch.linspace(1, 0.1, n, dtype=torch.float64), seed=n).to(dtype)
+        found = by_products(X, default_tolerance(m, n, dtype))
+        assert found is not None
+        check_polar(X, found)
+
+    @pytest.mark.parametrize("condition", [1e2, 1e3])
+    def test_products_are_orthonormal_for_ill_conditioned_matrices_too(self, condition: float) -> None:
+        spectrum = torch.logspace(0, -torch.tensor(condition).log10(), 120, dtype=torch.float64)
+        X = cases.with_spectrum(160, 120, spectrum, seed=4).float()
+        found = by_products(X, default_tolerance(160, 120, X.dtype))
+        assert found is not None
+        exact = torch.linalg.svd(X.double(), full_matrices=False)
+        assert spectral(found[0].T @ found[0] - torch.eye(120)) < 3e-6
+        assert spectral(found[0] - exact.U @ exact.Vh) < 100 * EPS[X.dtype] * condition
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("kind", ["a copy", "copies", "null components"])
+    def test_products_leave_a_rank_deficient_matrix_to_the_svd(self, kind: str, dtype: torch.dtype) -> None:
+        X = concatenated(96, 3, 16, kind).to(dtype)
+        assert by_products(X, default_tolerance(96, 48, dtype)) is None
+        assert by_products(torch.zeros(9, 4, dtype=dtype), default_tolerance(9, 4, dtype)) is None
+        assert by_products(torch.ones(9, 4, dtype=dtype), default_tolerance(9, 4, dtype)) is None
+
+    def test_eigenvectors_leave_a_zero_matrix_to_the_svd(self) -> None:
+        assert by_eigenvectors(torch.zeros(9, 4), 1e-6, EPS[torch.float32]) is None
+
+
+class TestRoundOff:
+    """Entries of float32 precision in a float64 matrix: what the merge of LoRA factors works on."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("rows", "tasks", "rank"), TALL)
+    def test_is_as_good_as_the_entries(self, rows: int, tasks: int, rank: int, kind: str) -> None:
+        X = concatenated(rows, tasks, rank, kind).float().double()
+        Q, H, values = polar_with_values(X, round_off=EPS[torch.float32])
+        exact, exact_root, exact_values = polar_with_values(X)
+        smallest = exact_values[exact_values > 0].min() / exact_values[0]
+        assert spectral(Q - exact) < 0.1 * EPS[torch.float32] / smallest
+        assert spectral(H - exact_root) < 0.1 * EPS[torch.float32]
+        assert (values - exact_values).abs().max() < 0.1 * EPS[torch.float32]
+
+    def test_finer_than_the_dtype_changes_nothing(self) -> None:
+        X = concatenated(96, 3, 16, "random").float()
+        for one, other in zip(polar_with_values(X, round_off=1e-12), polar_with_values(X), strict=True):
+            assert torch.equal(one, other)
+
+
+class TestSymmetricProducts:
+    @pytest.mark.parametrize("n", [1, 2, 63, 64, 255, 256, 257, 258, 259, 260, 301])
+    @pytest.mark.parametrize("k", [1, 5, 300])
+    def test_equals_the_whole_product(self, n: int, k: int) -> None:
+        X = cases.normal(n, k, seed=n)
+        found = symmetric_product(X, X.T)
+        torch.testing.assert_close(found, X @ X.T, rtol=0, atol=1e-12)
+        if n >= 256:  # bit by bit beyond the blocks on the diagonal
+            assert torch.equal(found.triu(-(-n // 4)), found.T.triu(-(-n // 4)))
+
+    @pytest.mark.parametrize("n", [40, 259])
+    def test_of_factors_that_differ(self, n: int) -> None:
+        Z, values = cases.orthonormal(n, n, 7), cases.power_law(n, 1.0)
+        torch.testing.assert_close(symmetric_product(Z * values, Z.T), Z * values @ Z.T, rtol=0, atol=1e-13)

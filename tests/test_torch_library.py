@@ -11,6 +11,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,6 +56,10 @@ def counts(*values: int) -> Tensor:
 
 def bins() -> Tensor:
     return torch.zeros(16, dtype=torch.int64)
+
+
+def tensors(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found or ())
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
@@ -135,6 +140,17 @@ def test_operators_pass_the_checks_of_torch(name: str, backend: str) -> None:
     opcheck(getattr(OPERATORS, operator).default, arguments)
 
 
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_fake_kernels_know_the_layout_of_the_outputs(name: str, backend: str) -> None:
+    operator, arguments = OPERATOR_CALLS[name]
+    found = tensors(getattr(OPERATORS, operator)(*arguments))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+        fake = tensors(getattr(OPERATORS, operator)(*fakes))
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in found]
+    assert all(t.is_contiguous() for t in [*fake, *found])
+
+
 def test_every_operator_is_checked() -> None:
     registered = {s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("dcmerge::")}
     assert registered == {operator for operator, _ in OPERATOR_CALLS.values()}
@@ -173,7 +189,7 @@ def update_by_components(left: Tensor, right: Tensor) -> Tensor:
 
 
 def sketch(A: Tensor) -> Tensor:
-    return ops.rademacher(4, A.shape[-2], seed=7, key="layer", dtype=A.dtype) @ A
+    return ops.rademacher(4, A.shape[-2], seed=7, key="layer", task=2, stream=3, dtype=A.dtype) @ A
 
 
 # name -> function, and inputs of two sizes
@@ -201,10 +217,6 @@ TRACED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, ...]]]] = {
     "polar": (lambda X: polar(X), [(x32(2, 12, 9),), (x32(3, 9, 12),)]),
     "polar with a tolerance": (lambda X: polar(X, tol=1e-3).Q, [(x64(12, 9),), (x64(7, 7),)]),
 }
-
-
-def tensors(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else list(found)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -319,11 +331,12 @@ def test_errors_are_those_of_eager_mode_when_the_compiled_function_runs(name: st
     assert str(raised.value).startswith(str(expected.value))
 
 
-@pytest.mark.parametrize("name", ["kth_magnitude and elect", "truncated_svd", "polar"])
+@pytest.mark.parametrize("name", [name for name in TRACED if name != "rademacher"])
 def test_the_input_is_detached(name: str) -> None:
-    function, ((x,), _) = TRACED[name]
-    compiled = torch.compile(lambda x: function(2 * x), backend="aot_eager", fullgraph=True)
-    assert not any(t.requires_grad for t in tensors(compiled(x.clone().requires_grad_())))
+    function, inputs = TRACED[name]
+    arguments = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs[0]]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert not any(t.requires_grad for t in tensors(compiled(*arguments)))
 
 
 def test_the_backend_is_chosen_when_the_compiled_function_runs(monkeypatch: pytest.MonkeyPatch) -> None:

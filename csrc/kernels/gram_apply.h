@@ -2,9 +2,9 @@
 //
 //   image = X A',   back = image A        X (count, n), A (m, n), image (count, m), back (count, n); all row-major
 //
-// One step of a Krylov method for A'A. Two calls of a BLAS read A twice and spend a third of their time packing it,
-// which pays only with more rows than a block has: 60 - 75 % of the rate of a large product with 8 rows, this 85 - 90
-// %.
+// One step of a Krylov method for A'A. Two calls of a BLAS read A twice and pack it, which pays only with more rows
+// than a block has: with 8 rows they reach 60 to 75 per cent of the rate of a large product, and this 130 (where the
+// BLAS does not use AVX-512).
 #pragma once
 
 #include "kernels/common.h"

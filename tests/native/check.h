@@ -71,5 +71,7 @@ void test_parallel();
 void test_select();
 void test_elect();
 void test_philox();
+void test_orthonormalize();
+void test_gram_apply();
 
 }  // namespace dcmerge

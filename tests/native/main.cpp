@@ -14,6 +14,8 @@ int main(int argc, char** argv) {
         {"select", dcmerge::test_select},
         {"elect", dcmerge::test_elect},
         {"philox", dcmerge::test_philox},
+        {"orthonormalize", dcmerge::test_orthonormalize},
+        {"gram_apply", dcmerge::test_gram_apply},
     };
     for (const auto& test : tests)
         if (argc < 2 || std::strcmp(argv[1], test.name) == 0) test.run();
