@@ -615,3 +615,13 @@ class TestComputation:
         ctx = Context(4, "layer")
         create("dc_merge", {}).merge(Updates.of([torch.ones(2, 3)] * 4), ctx)
         assert ctx.facts["fallback"].startswith("mean: ")
+
+
+def test_a_copy_of_a_task_adds_nothing_to_the_cover() -> None:
+    """Large enough for randomized decompositions, whose round-off would differ between copies with starts of their own."""
+    spectrum = cases.power_law(400, 1.0).float()
+    one, other = (cases.with_spectrum(400, 400, spectrum.double(), seed=seed).float() for seed in (71, 72))
+    context = Context(3, "name")
+    create("dc_merge", {"rank": 96}).merge(Updates.of([one, other, one]), context)
+    assert context.facts["svd"]["routes"] == {"krylov": 3}
+    assert context.facts["cover_u"]["dropped"] == context.facts["cover_v"]["dropped"] == 96

@@ -629,7 +629,9 @@ X = torch.ones(2, 5)
 STACK = torch.ones(2, 3, 4, 4)
 BINS = torch.zeros(1 << 16, dtype=torch.int64)
 A, IMAGE = torch.ones(3, 5), torch.ones(2, 3)
-GRAM_APPLY = r"gram_apply: needs contiguous float32 x \(count, n\), a \(m, n\) and image \(count, m\), got "
+GRAM_APPLY = (
+    r"gram_apply: needs contiguous float32 x \(count, n\), a \(m, n\) and image \(count, m\) on one device, got "
+)
 
 BAD_CALLS = [
     (lambda: ops.kth_magnitude(X, 0), ValueError, r"kth_magnitude: counts must lie in 1 \.\. 5, got 0 \.\. 0"),

@@ -229,7 +229,7 @@ if child == 0:
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, timeout=120, check=False
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
 

@@ -49,8 +49,8 @@ class DCMerge(Method, frozen=True):
     H_u = (U'U)^(1/2) comes with the polar factor, so no truncated matrix is rebuilt and no dense product of LoRA factors
     is formed. LowRank updates give a LowRank of rank k, exactly.
 
-    Cost per m x n matrix: T truncated SVDs, QR of m x k and n x k, two k x k SVDs, 2 T k^2 max(r_i) flops for the M_i.
-    Memory: the singular vectors kept, and one k x k core at a time, whatever T (all T without the mask).
+    Cost per m x n matrix: T truncated SVDs, the polar factors of m x k and n x k, 2 T k^2 max(r_i) flops for the M_i.
+    Memory: the singular vectors kept, and one k x k core at a time, whatever T (all T where they fit in 64 MB).
     Deviations from the authors' code, on input where its result is arbitrary: null components and rank-deficient bases
     add no made-up directions (partial isometry), and fewer rows than tasks gives the mean, with a warning, not zero.
     """
