@@ -625,3 +625,21 @@ def test_a_copy_of_a_task_adds_nothing_to_the_cover() -> None:
     create("dc_merge", {"rank": 96}).merge(Updates.of([one, other, one]), context)
     assert context.facts["svd"]["routes"] == {"krylov": 3}
     assert context.facts["cover_u"]["dropped"] == context.facts["cover_v"]["dropped"] == 96
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_matrix_has_the_same_bytes_alone_and_in_any_batch(threads: int) -> None:
+    batch = [
+        torch.stack(
+            [cases.with_spectrum(300, 260, cases.power_law(260, 0.5), seed=10 * t + b) for b in range(3)]
+        ).float()
+        for t in range(4)
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        merged = dc_merge(batch)
+        assert torch.equal(merged[1], dc_merge([updates[1] for updates in batch]))
+        assert torch.equal(merged[1:], dc_merge([updates[1:] for updates in batch]))
+    finally:
+        torch.set_num_threads(before)
