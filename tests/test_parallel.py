@@ -63,6 +63,14 @@ def test_the_threads_are_divided_evenly(threads: int, count: int, at_most: int |
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+@pytest.mark.parametrize("at_most", [None, 1, 2])
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_fixed_share_is_that_of_every_problem(count: int, at_most: int | None, each: int) -> None:
+    assert side_by_side(share, range(count), at_most=at_most, each=each) == [each] * count
+    assert torch.get_num_threads() == 4
+
+
 @pytest.mark.parametrize(("at_most", "expected"), [(None, 4), (3, 3), (2, 2), (1, 1)])
 def test_as_many_run_at_a_time_as_there_are_threads_and_no_more(at_most: int | None, expected: int) -> None:
     lock, running, most = threading.Lock(), 0, 0

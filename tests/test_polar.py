@@ -338,6 +338,30 @@ class TestRoundOff:
             assert torch.equal(one, other)
 
 
+class TestTolerance:
+    @pytest.mark.parametrize("n", [20, 300])
+    @pytest.mark.parametrize("tol", [0.0, 1e-4, 0.02, 0.25, 0.6, 1.0])
+    @pytest.mark.parametrize("round_off", [None, 1e-6])
+    def test_drops_the_same_directions_from_the_basis_and_the_values(
+        self, n: int, tol: float, round_off: float | None
+    ) -> None:
+        few = torch.tensor([0.1, 0.01, 1e-3], dtype=torch.float64)
+        spectrum = torch.cat([torch.linspace(1, 0.5, n - 5, dtype=torch.float64), torch.tensor([0.3, 0.2]), few])
+        X = cases.with_spectrum(n + 20, n, spectrum, seed=5)
+        Q, H, values = polar_with_values(X, tol, round_off=round_off)
+        expected = int((spectrum > tol).sum())
+        assert int((values > 0).sum()) == expected
+        assert int((torch.linalg.svdvals(Q) > 0.5).sum()) == expected
+        assert spectral(H @ H - X.T @ X) < 1e-9
+
+    @pytest.mark.parametrize("n", [20, 300])
+    def test_of_a_well_conditioned_matrix(self, n: int) -> None:
+        spectrum = torch.linspace(1, 0.31, n, dtype=torch.float64)
+        Q, _, values = polar_with_values(cases.with_spectrum(n + 20, n, spectrum, seed=6), 0.5)
+        assert int((values > 0).sum()) == int((spectrum > 0.5).sum())
+        assert int((torch.linalg.svdvals(Q) > 0.5).sum()) == int((spectrum > 0.5).sum())
+
+
 class TestSymmetricProducts:
     @pytest.mark.parametrize("n", [1, 2, 63, 64, 255, 256, 257, 258, 259, 260, 301])
     @pytest.mark.parametrize("k", [1, 5, 300])
