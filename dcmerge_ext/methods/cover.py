@@ -88,31 +88,43 @@ def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     tasks, rank, kept = len(loaded), loaded[0].rank, ranks[0]
     if not 0 < rank <= min(updates.shape[-2:]):
         return None
-    sides = [torch.cat([u.left for u in loaded], -1).double(), torch.cat([u.right.mT for u in loaded], -1).double()]
-    grams = [side.mT @ side for side in sides]
-    factors = []
-    for gram in grams:
-        L, failed = torch.linalg.cholesky_ex(_diagonal_blocks(gram, tasks, rank))
-        pivots = L.diagonal(dim1=-2, dim2=-1)
-        if bool(failed.any()) or not bool((pivots.amin(-1) > _WORST_PIVOT * pivots.amax(-1)).all()):
-            return None
-        factors.append(L)
-    u, S, vh = svd(factors[0].mT @ factors[1])  # (..., T, r, r)
+    factors = [torch.cat([u.left for u in loaded], -1), torch.cat([u.right.mT for u in loaded], -1)]
+    left, right = (_Frame.of(factor.double(), tasks) for factor in factors)
+    if left is None or right is None:
+        return None
+    u, S, vh = svd(left.L.mT @ right.L)  # (..., T, r, r)
     S = S[..., :kept]
     if not bool((_WORST_PIVOT * S[..., :1] < S).all()):
         return None
-    found = []
-    for side, gram, L, rotation in zip(sides, grams, factors, (u, vh.mT), strict=True):
-        frame = torch.linalg.solve_triangular(L.mT, rotation[..., :kept], upper=True)  # U_i = B_i frame_i
-        overlap = _by_blocks(frame.mT, _by_blocks(frame.mT, gram).mT)  # U'U
-        values, Z = eigh(overlap)
+    sides = left.side(u[..., :kept]), right.side(vh.mT[..., :kept])
+    return Cover(sides[0], sides[1], list(S.unbind(-2))) if sides[0] and sides[1] else None
+
+
+class _Frame(NamedTuple):
+    """The factors B = [B_1 .. B_T] of one side, their Gram matrix, and L_i with L_i L_i' = B_i' B_i."""
+
+    factor: Tensor
+    gram: Tensor
+    L: Tensor
+
+    @classmethod
+    def of(cls, factor: Tensor, tasks: int) -> _Frame | None:
+        gram = factor.mT @ factor
+        L, failed = torch.linalg.cholesky_ex(_diagonal_blocks(gram, tasks, gram.shape[-1] // tasks))
+        pivots = L.diagonal(dim1=-2, dim2=-1)
+        sound = not bool(failed.any()) and bool((pivots.amin(-1) > _WORST_PIVOT * pivots.amax(-1)).all())
+        return cls(factor, gram, L) if sound else None
+
+    def side(self, rotation: Tensor) -> Side | None:
+        """The cover side of the bases U_i = B_i L_i^-T rotation_i."""
+        frame = torch.linalg.solve_triangular(self.L.mT, rotation, upper=True)
+        values, Z = eigh(_by_blocks(frame.mT, _by_blocks(frame.mT, self.gram).mT))  # of U'U
         if not bool((values[..., 0] > _WORST_EIGENVALUE * values[..., -1]).all()):
             return None
         values = values.sqrt()
         root = (Z * values[..., None, :]) @ Z.mT
         inverse = (Z / values[..., None, :]) @ Z.mT
-        found.append(Side(side, _by_blocks(frame, inverse), root, values.flip(-1)))
-    return Cover(found[0], found[1], list(S.unbind(-2)))
+        return Side(self.factor, _by_blocks(frame, inverse), root, values.flip(-1))
 
 
 def _diagonal_blocks(gram: Tensor, tasks: int, rank: int) -> Tensor:
