@@ -643,3 +643,12 @@ def test_a_matrix_has_the_same_bytes_alone_and_in_any_batch(threads: int) -> Non
         assert torch.equal(merged[1:], dc_merge([updates[1:] for updates in batch]))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("tasks", "rank"), [(4, 16), (3, 8), (2, 8), (8, 1)])
+def test_dense_updates_of_low_rank(tasks: int, rank: int) -> None:
+    """Full models that adapters were merged into: most components are null, at sizes where LAPACK is not chosen first."""
+    updates = [1e-3 * cases.normal(500, rank, seed=80 + i) @ cases.normal(rank, 500, seed=90 + i) for i in range(tasks)]
+    merged = dc_merge([u.float() for u in updates], aggregate="sum", block_size=0)
+    expected = sum(updates)
+    assert cases.error(merged.double(), expected) < 1e-4

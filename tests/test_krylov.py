@@ -122,7 +122,7 @@ class TestEveryRoute:
         for rank in range(1, min(m, n) + 1):
             check_triplets(A, ROUTES[route](A, rank)[0], rank)
 
-    @pytest.mark.parametrize("route", ROUTES)
+    @pytest.mark.parametrize("route", [route for route in ROUTES if route != "krylov"])
     @pytest.mark.parametrize(("m", "n"), SHAPES)
     def test_a_zero_matrix_has_only_null_components(self, route: str, m: int, n: int) -> None:
         found, evidence = ROUTES[route](torch.zeros(m, n), 20)

@@ -400,3 +400,20 @@ class TestProducts:
     def test_no_digit_of_float32_is_lost(self) -> None:
         X = torch.full((3, 200_003), 1 + 2.0**-23)
         assert gram_float64(X).diagonal().tolist() == pytest.approx([200_003 * (1 + 2.0**-23) ** 2] * 3, rel=1e-13)
+
+
+@pytest.mark.parametrize("rank", [1, 20, 50, 100])
+@pytest.mark.parametrize(("m", "n"), [(500, 500), (900, 500)])
+def test_matrices_of_low_rank_at_sizes_of_randomized_decompositions(m: int, n: int, rank: int) -> None:
+    A = (cases.normal(m, rank, seed=31) @ cases.normal(rank, n, seed=32)).float()
+    found = truncated_svd(A, 62)
+    exact = torch.linalg.svdvals(A.double())[:62]
+    assert (found.S - exact).abs().max() < 1e-5 * exact[0]
+    assert int((found.S > 0).sum()) == min(rank, 62)
+
+
+@pytest.mark.parametrize("exponent", [2.0, 3.0, 5.0])
+def test_spectra_that_fall_below_round_off(exponent: float) -> None:
+    A = cases.with_spectrum(500, 500, cases.power_law(500, exponent), seed=33).float()
+    found = truncated_svd(A, 62)
+    assert (found.S - torch.linalg.svdvals(A.double())[:62]).abs().max() < 5e-6

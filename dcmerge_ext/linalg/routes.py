@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.linalg.iterations import newton_schulz
 from dcmerge_ext.products import symmetric_product
 from dcmerge_ext.svd.dense import eigh, svd
@@ -48,7 +49,14 @@ def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors |
     squaring costs nothing that X had, and Q = X (Z S^-1 Z') is one product.
     """
     n = X.shape[1]
-    values, Z = eigh(symmetric_product(X.mT, X))
+    gram = symmetric_product(X.mT, X)
+    if not bool((gram.diagonal() > 0).all()):  # null components: MKL's float32 eigensolver may not converge on them
+        return None
+    try:
+        values, Z = eigh(gram)
+    except ConvergenceError:
+        return None
+    del gram
     spare = torch.finfo(X.dtype).eps / round_off
     count, doubtful = (int((values < spare * fraction * values[-1]).sum()) for fraction in (_SMALL, _DOUBTFUL))
     if n <= _CHEAP and spare == 1:

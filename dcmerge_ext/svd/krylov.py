@@ -40,6 +40,10 @@ _GROWTH = 0.07
 _CLEAN = 1e-3
 """Norm removed from an orthonormal block that leaves it orthonormal and orthogonal to round-off (its square is)."""
 _MOST_PASSES = 5
+_MOST_CHECKS = 4
+"""Certificates tried before the full decomposition is cheaper; the flattest spectra measured need two."""
+_MOST_FILLS = 2
+"""Breakdowns after which a full decomposition is cheaper: the matrix has low rank, or its spectrum falls below round-off."""
 _PROBES, _PROBE_STEPS = 8, 2
 _PROBE_MARGIN = 1e-4
 _PROBE, _FILL = 1, 2
@@ -68,15 +72,18 @@ def krylov(
         return Components(Uh.mT, S, V.mT), evidence
     A = A.contiguous()
     space = _Space(A, block, limit, start)
+    checks = 0
     while True:
         space.grow(dimension)
+        checks += 1
         found, evidence, converged = _ritz(A, space, rank, tol)
         if converged:
             missed = _missed(A, space, found, start)
             if missed is None:
                 return found, evidence
             space.join(missed)
-        if space.size >= limit:
+        low_rank = float(found.S[-1]) == 0  # growing finds round-off only
+        if low_rank or checks == _MOST_CHECKS or space.size >= limit:
             raise NotCertified(f"residual {evidence.residual:.1e} sigma_1 in a Krylov space of dimension {space.size}")
         decades = math.log10(max(evidence.residual or 0.0, 1e-30) / _round_off(m, A.dtype))
         dimension = min(limit, space.size + max(2 * block, int(_GROWTH * decades * space.size)))
@@ -147,13 +154,18 @@ class _Space:
         _remove(Y, self._V[max(0, self.size - 2 * self._block) : self.size])
         for _ in range(_MOST_PASSES):
             X = independent_basis(Y)
-            Y = self._fill(Y) if X is None else X
+            if X is None:
+                Y = self._fill(Y)
+                continue
+            Y = X
             if float(torch.linalg.vector_norm(_remove(Y, self.V))) < _CLEAN:
-                break
-        return Y
+                return Y
+        raise NotCertified(f"no new directions in a Krylov space of dimension {self.size}")
 
     def _fill(self, Y: Tensor) -> Tensor:
         """Breakdown: the space is (nearly) invariant. Go on with fresh random directions where rows depend on others."""
+        if self._fills == _MOST_FILLS:
+            raise NotCertified(f"the Krylov space is invariant at dimension {self.size}")
         fresh = self._start.rows(Y.shape[0], Y.shape[1], Y, _FILL + self._fills)
         self._fills += 1
         _remove(fresh, self.V)
