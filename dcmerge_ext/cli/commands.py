@@ -30,7 +30,9 @@ def run_info(args: argparse.Namespace) -> int:
     if forced := os.environ.get(ENVIRONMENT):
         console.print(f"{ENVIRONMENT} forces {forced}" + ("" if available(forced) else ", which cannot run here"))
     if args.verbose:
-        console.print("exact truncated SVD of a float32 update, rank = min(m, n) / T (krylov: randomized; gram, lapack: full):")
+        console.print(
+            "exact truncated SVD of a float32 update, rank = min(m, n) / T (krylov: randomized; gram, lapack: full):"
+        )
         console.print(_route_table())
         console.print(torch.__config__.show(), torch.__config__.parallel_info())
     return 0
