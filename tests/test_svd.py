@@ -116,6 +116,17 @@ class TestExact:
         assert cases.error(found.Vh.double().T @ found.Vh.double(), Vh[:rank].T @ Vh[:rank]) < 5e-6
         check_orthonormal_where_live(found, 1e-5)
 
+    @pytest.mark.parametrize(("seed", "n"), [(414, 256), (515, 512)])
+    def test_sparse_matrices_on_which_the_eigensolver_gives_up(self, seed: int, n: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.randn(n, n, generator=generator)
+        A *= torch.rand(n, 1, generator=generator) < 0.3
+        A *= torch.rand(1, n, generator=generator) < 0.1
+        found = truncated_svd(A, n // 2)
+        assert (found.S.double() - torch.linalg.svdvals(A.double())[: n // 2]).abs().max() < 2e-6 * found.S[0]
+        assert cases.error(product(found), A) < 3e-6
+        check_orthonormal_where_live(found, 1e-5)
+
     def test_no_gradient_is_recorded(self) -> None:
         assert not truncated_svd(cases.normal(6, 5, seed=7).requires_grad_(), 2).S.requires_grad
 
@@ -130,7 +141,7 @@ class TestExact:
     @given(
         m=st.integers(1, 24),
         n=st.integers(1, 24),
-        values=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]), max_size=24),
+        values=st.lists(st.sampled_from([0.0, 1e-9, 1e-4, 0.5, 1.0, 1.0, 3.0]), max_size=24),
         rank=st.integers(1, 24),
         seed=st.integers(0, 999),
     )

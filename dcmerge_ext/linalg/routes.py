@@ -73,7 +73,7 @@ def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors |
     sound /= S[count:]
     _correct(sound, doubtful - count)
     if count:
-        P, small, Y = _directions(X, Z[:, :count])
+        P, small, Y = _directions(X, Z[:, :count], sound)
         P *= small > tolerance * S[-1]  # round-off must not bend its neighbours
         P -= sound @ (sound.mT @ P)
         _correct(P, count)
@@ -102,10 +102,11 @@ def by_products(X: Tensor, tolerance: float) -> _Factors | None:
     return basis @ factor, H, torch.linalg.eigvalsh(H).flip(0).clamp(min=0)
 
 
-def _directions(X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _directions(X: Tensor, Z: Tensor, sound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """P, s, Y with X Z = P diag(s) Y', s ascending, of few columns Z: without the squaring that spoilt them."""
     wide = Z.double()
     image = torch.cat([rows.double() @ wide for rows in torch.split(X, _ROWS)])
+    image -= sound.double() @ (sound.double().mT @ image)  # before small directions are blown up to length 1
     if X.dtype == torch.float64:
         P, s, Yh = svd(image)
         return P.flip(1), s.flip(0), Yh.mT.flip(1)

@@ -76,7 +76,9 @@ def krylov(
     while True:
         space.grow(dimension)
         checks += 1
-        found, evidence, converged = _ritz(A, space, rank, tol)
+        found, evidence, converged, repeats = _ritz(A, space, rank, tol)
+        if converged and repeats:
+            raise NotCertified(f"a singular value repeats {block} times or more, as often as a block can tell")
         if converged:
             missed = _missed(A, space, found, start)
             if missed is None:
@@ -95,7 +97,7 @@ class _Space:
     def __init__(self, A: Tensor, block: int, limit: int, start: Start) -> None:
         m, n = A.shape
         self._A = A
-        self._block = block
+        self._block = self.block = block
         self._start = start
         self._fills = 0
         self._V = A.new_empty(limit, n)
@@ -180,7 +182,7 @@ def _remove(Y: Tensor, basis: Tensor) -> Tensor:
     return overlap
 
 
-def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Components, Evidence, bool]:
+def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Components, Evidence, bool, bool]:
     """The leading triplets in the space, and whether their residuals are small enough."""
     m, n = A.shape
     values, vectors = eigh(gram_float64(space.W))
@@ -200,7 +202,16 @@ def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Compo
         _GAP_TOLERANCE if tol is None else tol
     ) * max(gap, 0.0)
     evidence = Evidence("krylov", space.size, residual / largest if largest else 0.0, is_tie(S, rank, null))
-    return truncate(Uh.mT, S.to(A.dtype), Vh, rank, null), evidence, converged
+    if not S[rank - 1] > 0.1 * S[0]:  # u_1 enters u_j as round-off times sigma_1 / sigma_j
+        for rows in (Uh, Vh):
+            live = rows[: int((inverse > 0).sum())]
+            basis = independent_basis(live)
+            if basis is not None:
+                live.copy_(basis)
+    # a block has a share in at most as many copies of a singular value as it has directions
+    ends = S[space.block - 1 :]
+    repeats = bool(((S[: len(ends)] - ends <= 1e-5 * S[0]) & (ends > null * S[0]))[:rank].any())
+    return truncate(Uh.mT, S.to(A.dtype), Vh, rank, null), evidence, converged, repeats
 
 
 def _round_off(size: int, dtype: torch.dtype) -> float:
@@ -224,6 +235,7 @@ def _missed(A: Tensor, space: _Space, found: Components, start: Start) -> Tensor
         X = ops.gram_apply(orthonormalize(X), A, A.new_empty(room, m))
         _remove(X, found.Vh)
     X = orthonormalize(X)
+    _remove(X, found.Vh)  # what is round-off by now points anywhere, along the result too
     reached = float(torch.linalg.eigvalsh(gram_float64(X @ A.mT))[-1].clamp(min=0).sqrt())
     largest, last = float(found.S[0]), float(found.S[-1])
     return X if reached > (1 + _PROBE_MARGIN) * last + _round_off(m, A.dtype) * largest else None

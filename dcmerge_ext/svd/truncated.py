@@ -111,11 +111,14 @@ def _one(A: Tensor, rank: int, accuracy: Accuracy, tol: float | None, start: Sta
     if chosen.route == "krylov":
         try:
             return krylov(A, rank, start, block=chosen.block, dimension=chosen.dimension, limit=chosen.limit, tol=tol)
-        except NotCertified as error:
+        except (NotCertified, ConvergenceError) as error:
             doubt = f" ({error})"
             chosen = cost.dense(m, n, rank)
     try:
-        return gram(A, rank) if chosen.route == "gram" else lapack(A, rank)
+        if chosen.route == "gram":
+            with contextlib.suppress(ConvergenceError):  # the eigensolver gives up on one sparse matrix in thousands
+                return gram(A, rank)
+        return lapack(A, rank)
     except ConvergenceError as error:
         raise ConvergenceError(f"{error}{doubt}") from error
 
