@@ -17,6 +17,8 @@ from reference import Parts
 from torch import Tensor
 
 import dcmerge_ext as dcm
+from dcmerge_ext.linalg.iterations import newton_schulz, qdwh
+from dcmerge_ext.linalg.routes import by_iteration
 
 VENDOR = 2.0
 """Our error may be at most this many times LAPACK's in float32."""
@@ -84,11 +86,22 @@ def polar(setting: Setting, m: int, blocks: int, width: int) -> Problem:
         rivals=[
             Rival("SVD", [("", lambda: reference.polar_by_svd(X))]),
             Rival("QR + SVD", [("", lambda: reference.polar_by_qr(X))]),
+            *(Rival(f"QR + {name}", [("", partial(_iterated, X, iterate))]) for name, iterate in _ITERATIONS.items()),
         ],
         check=check,
         flops=flops.polar(side, blocks * width),
         note="ours returns the root (X'X)^(1/2), too",
     )
+
+
+_ITERATIONS = {"Newton-Schulz": newton_schulz, "QDWH": qdwh}
+"""What the package's own polar factor was chosen from, beside its rivals in torch."""
+
+
+def _iterated(X: Tensor, iterate: Callable[[Tensor, float], Tensor]) -> dcm.linalg.Polar:
+    found = by_iteration(X, 0.0, iterate)
+    assert found is not None
+    return dcm.linalg.Polar(found[0], found[1])
 
 
 def _truncate(found: tuple[Tensor, Tensor, Tensor], rank: int) -> Parts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -38,8 +38,8 @@ def side_by_side(
     The threads are divided evenly: a problem's share depends on their number and on the number of items, never on
     timing. ``each`` fixes the share, so that a problem gives the same bytes however many others there are (LAPACK's
     results depend on its number of threads). Each call runs in a copy of the caller's context, so a backend chosen by
-    ``use_backend`` holds there too. Called from inside itself it runs in turn, on the share of the caller. The first error is raised once the problems
-    already begun have ended; the others are not begun.
+    ``use_backend`` holds there too. Called from inside itself it runs in turn, on the share of the caller, whatever
+    ``each`` says. The first error is raised once the problems already begun have ended; the others are not begun.
     """
     threads = torch.get_num_threads()
     workers = min(len(items), threads, threads if at_most is None else max(1, at_most))
@@ -59,9 +59,10 @@ def side_by_side(
         _pools[workers] = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="dcmerge")
     futures = [_pools[workers].submit(copy_context().run, run, item) for item in items]
     try:
-        return [future.result() for future in futures]
+        wait(futures, return_when=FIRST_EXCEPTION)
     finally:
         for future in futures:
             future.cancel()
         wait(futures)
         torch.set_num_threads(threads)  # threads started later inherit the last value set anywhere
+    return [future.result() for future in futures]  # begun in order: an error comes before what was cancelled

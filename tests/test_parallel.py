@@ -139,6 +139,25 @@ class TestErrors:
             side_by_side(work, range(100))
         assert len(begun) <= 2 * threads
 
+    def test_an_error_of_a_later_item_stops_the_rest_too(self) -> None:
+        torch.set_num_threads(2)
+        begun, failed = [], threading.Event()
+
+        def work(i: int) -> None:
+            begun.append(i)
+            if i == 0:
+                failed.wait(30)
+                time.sleep(0.3)
+            elif i == 1:
+                failed.set()
+                raise ZeroDivisionError
+            else:
+                time.sleep(0.01)
+
+        with pytest.raises(ZeroDivisionError):
+            side_by_side(work, range(100))
+        assert len(begun) <= 6
+
     def test_those_begun_have_ended_when_it_is_raised(self) -> None:
         torch.set_num_threads(2)
         started, ended = threading.Event(), []

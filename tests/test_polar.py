@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import pytest
 import torch
 from torch import Tensor
 
+from dcmerge_ext import LowRank
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.linalg import routes
 from dcmerge_ext.linalg.polar import default_tolerance, polar, polar_with_values
-from dcmerge_ext.linalg.routes import by_eigenvectors, by_products, by_svd
+from dcmerge_ext.linalg.routes import by_eigenvectors, by_iteration, by_svd
 from dcmerge_ext.products import symmetric_product
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
@@ -301,7 +304,7 @@ class TestRoutes:
     @pytest.mark.parametrize(("m", "n"), [(300, 300), (400, 290), (40, 12), (7, 1), (1, 1)])
     def test_products_equal_the_singular_vectors(self, m: int, n: int, dtype: torch.dtype) -> None:
         X = cases.with_spectrum(m, n, torch.linspace(1, 0.1, n, dtype=torch.float64), seed=n).to(dtype)
-        found = by_products(X, default_tolerance(m, n, dtype))
+        found = by_iteration(X, default_tolerance(m, n, dtype))
         assert found is not None
         check_polar(X, found)
 
@@ -309,7 +312,7 @@ class TestRoutes:
     def test_products_are_orthonormal_for_ill_conditioned_matrices_too(self, condition: float) -> None:
         spectrum = torch.logspace(0, -torch.tensor(condition).log10(), 120, dtype=torch.float64)
         X = cases.with_spectrum(160, 120, spectrum, seed=4).float()
-        found = by_products(X, default_tolerance(160, 120, X.dtype))
+        found = by_iteration(X, default_tolerance(160, 120, X.dtype))
         assert found is not None
         exact = torch.linalg.svd(X.double(), full_matrices=False)
         assert spectral(found[0].T @ found[0] - torch.eye(120)) < 3e-6
@@ -319,9 +322,9 @@ class TestRoutes:
     @pytest.mark.parametrize("kind", ["a copy", "copies", "null components"])
     def test_products_leave_a_rank_deficient_matrix_to_the_svd(self, kind: str, dtype: torch.dtype) -> None:
         X = concatenated(96, 3, 16, kind).to(dtype)
-        assert by_products(X, default_tolerance(96, 48, dtype)) is None
-        assert by_products(torch.zeros(9, 4, dtype=dtype), default_tolerance(9, 4, dtype)) is None
-        assert by_products(torch.ones(9, 4, dtype=dtype), default_tolerance(9, 4, dtype)) is None
+        assert by_iteration(X, default_tolerance(96, 48, dtype)) is None
+        assert by_iteration(torch.zeros(9, 4, dtype=dtype), default_tolerance(9, 4, dtype)) is None
+        assert by_iteration(torch.ones(9, 4, dtype=dtype), default_tolerance(9, 4, dtype)) is None
 
     def test_eigenvectors_leave_a_zero_matrix_to_the_svd(self) -> None:
         assert by_eigenvectors(torch.zeros(9, 4), 1e-6, EPS[torch.float32]) is None
@@ -385,3 +388,17 @@ class TestSymmetricProducts:
     def test_of_factors_that_differ(self, n: int) -> None:
         Z, values = cases.orthonormal(n, n, 7), cases.power_law(n, 1.0)
         torch.testing.assert_close(symmetric_product(Z * values, Z.T), Z * values @ Z.T, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "X", [torch.ones(4), torch.ones(4, 3, dtype=torch.int64), LowRank(torch.ones(4, 1), torch.ones(1, 3))]
+)
+def test_what_is_no_matrix_is_refused(X: Any) -> None:
+    with pytest.raises(TypeError, match=r"polar: needs a floating tensor"):
+        polar(X)
+
+
+@pytest.mark.parametrize("tol", [-1.0, float("nan")])
+def test_a_tolerance_below_zero_is_refused(tol: float) -> None:
+    with pytest.raises(ValueError, match=r"polar: tol must be 0 or more"):
+        polar(torch.ones(4, 3), tol=tol)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import pytest
 import torch
@@ -428,3 +430,18 @@ def test_spectra_that_fall_below_round_off(exponent: float) -> None:
     A = cases.with_spectrum(500, 500, cases.power_law(500, exponent), seed=33).float()
     found = truncated_svd(A, 62)
     assert (found.S - torch.linalg.svdvals(A.double())[:62]).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("A", "rank"),
+    [
+        (torch.ones(4), 1),
+        (torch.ones(4, 3, dtype=torch.int64), 1),
+        (torch.ones(4, 3, dtype=torch.complex64), 1),
+        (torch.ones(4, 3), 1.5),
+        (torch.ones(4, 3), None),
+    ],
+)
+def test_what_is_no_matrix_or_no_rank_is_refused(A: Tensor, rank: Any) -> None:
+    with pytest.raises(TypeError, match=r"truncated_svd: (needs a floating|rank must be an int)"):
+        truncated_svd(A, rank)

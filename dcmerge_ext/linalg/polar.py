@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcmerge_ext.errors import ConvergenceError
-from dcmerge_ext.linalg.routes import by_eigenvectors, by_products, by_svd
+from dcmerge_ext.linalg.routes import by_eigenvectors, by_iteration, by_svd
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
 from dcmerge_ext.tracing import traceable
@@ -39,6 +39,7 @@ def polar(X: Tensor, *, tol: float | None = None) -> Polar:
         Polar(Q, H), float32, or float64 for float64.
     Raises:
         ConvergenceError: LAPACK did not converge (non-finite input).
+        TypeError: not a floating tensor (..., m, n).   ValueError: a negative tol.
     """
     Q, H, _ = polar_with_values(X, tol)
     return Polar(Q, H)
@@ -52,6 +53,11 @@ def polar_with_values(
     ``round_off``: relative error of the entries of X, where that is more than its dtype's eps; more orthogonality than
     that is not sought.
     """
+    if not isinstance(X, Tensor) or X.ndim < 2 or not X.is_floating_point():
+        what = f"{tuple(X.shape)} {X.dtype}" if isinstance(X, Tensor) else type(X).__name__
+        raise TypeError(f"polar: needs a floating tensor (..., m, n), got {what}")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"polar: tol must be 0 or more, got {tol}")
     X = X.detach()
     X = X if X.dtype == torch.float64 else X.float()
     *leading, m, n = X.shape
@@ -77,7 +83,7 @@ def _one(X: Tensor, tolerance: float, round_off: float) -> tuple[Tensor, Tensor,
     try:
         found = None
         if m >= n:
-            found = by_eigenvectors(X, tolerance, round_off) if X.is_cpu else by_products(X, tolerance)
+            found = by_eigenvectors(X, tolerance, round_off) if X.is_cpu else by_iteration(X, tolerance)
         return found or by_svd(X, tolerance)
     except ConvergenceError as error:
         raise ConvergenceError(f"polar factor of a {m} x {n} matrix failed: {error}") from error

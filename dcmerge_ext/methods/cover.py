@@ -57,10 +57,13 @@ class Cover(NamedTuple):
     """(..., r_i) singular values of each task; 0 marks a null component."""
 
 
-def cover_of(components: list[Components], tol: float | None, round_off: float) -> Cover:
-    """The cover of dense components; empties the list, for each of them is as large as a matrix of the model."""
-    spectra = [c.S for c in components]
-    bases = [torch.cat([c.U for c in components], dim=-1), torch.cat([c.Vh.mT for c in components], dim=-1)]
+def cover_of(components: list[Components], dtype: torch.dtype, tol: float | None, round_off: float) -> Cover:
+    """The cover of the components, in ``dtype``; empties the list, for together they are as large as the matrix."""
+    spectra = [c.S.to(dtype) for c in components]
+    bases = [
+        torch.cat([c.U.to(dtype) for c in components], dim=-1),
+        torch.cat([c.Vh.mT.to(dtype) for c in components], dim=-1),
+    ]
     components.clear()
     order = bases[0].shape[-1]
 

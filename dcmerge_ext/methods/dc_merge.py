@@ -20,7 +20,7 @@ from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.methods.sums import mean_updates
 from dcmerge_ext.smoothing import smooth_energy
-from dcmerge_ext.svd import Components, Evidence, cost, summarize
+from dcmerge_ext.svd import Evidence, cost, summarize
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 logger = logging.getLogger(__name__)
@@ -232,11 +232,8 @@ class DCMerge(Method, frozen=True):
                 ctx.key or "dc_merge",
             )
         dtype = torch.float64 if updates.all_lowrank else updates.dtype
-        return cover_of(
-            [Components(*(x.to(dtype) for x in c)) for c in components],
-            self.basis_tol,
-            torch.finfo(updates.dtype).eps,  # LowRank updates: float64 work on factors of that precision
-        )
+        round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
+        return cover_of(components, dtype, self.basis_tol, round_off)
 
     def _smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
         kind = self.smoothing or ("average" if all_lowrank else "none")

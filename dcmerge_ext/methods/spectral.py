@@ -35,7 +35,6 @@ def components_of(
     found: dict[int, tuple[Components, list[Evidence]]] = {}
 
     def reduce(i: int) -> None:
-        # one start for all tasks: copies of a task then have the same bytes, and add nothing to a basis but round-off
         (U, S, Vh), evidence = decompose(updates[i], ranks[i], accuracy=accuracy, tol=tol, start=Start(seed, key))
         # a copy: a view would keep the full decomposition alive
         found[i] = Components(*(x.clone(memory_format=torch.contiguous_format) for x in (U, S, Vh))), evidence

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.products import gram_float64
-from dcmerge_ext.svd.block import independent_basis
+from dcmerge_ext.svd.block import restore_orthonormality
 from dcmerge_ext.svd.components import Components, Evidence, is_tie, null_tolerance, truncate
 
 
@@ -48,14 +48,9 @@ def gram(A: Tensor, rank: int) -> tuple[Components, Evidence]:
     Vh = vectors[:, n - rank :].mT.flip(0).to(A.dtype)
     tolerance = null_tolerance(m, n, A.dtype)
     live = S[:rank] > tolerance * S[0]
-    US = Vh @ A.mT
-    US.mul_(torch.where(live, 1 / S[:rank], 0).to(A.dtype)[:, None])
-    if not S[rank - 1] > 0.1 * S[0]:  # u_1 enters u_j as round-off times sigma_1 / sigma_j
-        basis = independent_basis(US[: int(live.sum())])
-        if basis is not None:
-            US[: len(basis)] = basis
-    U = US.mT
-    found = truncate(U, S.to(A.dtype), Vh, rank, tolerance)
+    Uh = (Vh @ A.mT).mul_(torch.where(live, 1 / S[:rank], 0).to(A.dtype)[:, None])
+    restore_orthonormality(Uh, S[:rank], int(live.sum()))
+    found = truncate(Uh.mT, S.to(A.dtype), Vh, rank, tolerance)
     return found, Evidence("gram", n, tie=is_tie(S, rank, tolerance))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dcmerge_ext import ops
 from dcmerge_ext.products import gram_float64
-from dcmerge_ext.svd.block import fill_dependent, independent_basis, orthonormalize
+from dcmerge_ext.svd.block import fill_dependent, independent_basis, orthonormalize, restore_orthonormality
 from dcmerge_ext.svd.components import Components, Evidence, is_tie, null_tolerance, truncate
 from dcmerge_ext.svd.dense import eigh
 from dcmerge_ext.svd.start import Start
@@ -44,6 +44,8 @@ _MOST_CHECKS = 4
 """Certificates tried before the full decomposition is cheaper; the flattest spectra measured need two."""
 _MOST_FILLS = 2
 """Breakdowns after which a full decomposition is cheaper: the matrix has low rank, or its spectrum falls below round-off."""
+_EQUAL = 1e-5
+"""Distance of singular values, relative to the largest, at which they count as copies of one."""
 _PROBES, _PROBE_STEPS = 8, 2
 _PROBE_MARGIN = 1e-4
 _PROBE, _FILL = 1, 2
@@ -51,7 +53,7 @@ _PROBE, _FILL = 1, 2
 
 
 class NotCertified(Exception):
-    """The space reached its largest dimension before the residual or the probe passed."""
+    """The space cannot show that the result is right, at a cost below that of a full decomposition."""
 
 
 def krylov(
@@ -76,9 +78,7 @@ def krylov(
     while True:
         space.grow(dimension)
         checks += 1
-        found, evidence, converged, repeats = _ritz(A, space, rank, tol)
-        if converged and repeats:
-            raise NotCertified(f"a singular value repeats {block} times or more, as often as a block can tell")
+        found, evidence, converged = _ritz(A, space, rank, tol)
         if converged:
             missed = _missed(A, space, found, start)
             if missed is None:
@@ -97,7 +97,7 @@ class _Space:
     def __init__(self, A: Tensor, block: int, limit: int, start: Start) -> None:
         m, n = A.shape
         self._A = A
-        self._block = self.block = block
+        self.block = block
         self._start = start
         self._fills = 0
         self._V = A.new_empty(limit, n)
@@ -119,7 +119,7 @@ class _Space:
         limit = self._V.shape[0]
         dimension = min(dimension, limit)
         while self.size < dimension:
-            count = min(self._block, limit - self.size)
+            count = min(self.block, limit - self.size)
             if self.size == 0:
                 X = orthonormalize(self._start.rows(count, self._V.shape[1], self._V))
             else:
@@ -153,7 +153,7 @@ class _Space:
         Y = Y[:count]
         # In exact arithmetic only the last two blocks overlap with it (three-term recurrence): taking those out first
         # leaves the pass over the whole space nothing but round-off to remove.
-        _remove(Y, self._V[max(0, self.size - 2 * self._block) : self.size])
+        _remove(Y, self._V[max(0, self.size - 2 * self.block) : self.size])
         for _ in range(_MOST_PASSES):
             X = independent_basis(Y)
             if X is None:
@@ -182,8 +182,12 @@ def _remove(Y: Tensor, basis: Tensor) -> Tensor:
     return overlap
 
 
-def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Components, Evidence, bool, bool]:
-    """The leading triplets in the space, and whether their residuals are small enough."""
+def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Components, Evidence, bool]:
+    """The leading triplets in the space, and whether their residuals are small enough.
+
+    Raises:
+        NotCertified: they are, and a value repeats so often that the space may lack copies of it.
+    """
     m, n = A.shape
     values, vectors = eigh(gram_float64(space.W))
     S = values.flip(0).clamp_(min=0).sqrt_()
@@ -202,16 +206,22 @@ def _ritz(A: Tensor, space: _Space, rank: int, tol: float | None) -> tuple[Compo
         _GAP_TOLERANCE if tol is None else tol
     ) * max(gap, 0.0)
     evidence = Evidence("krylov", space.size, residual / largest if largest else 0.0, is_tie(S, rank, null))
-    if not S[rank - 1] > 0.1 * S[0]:  # u_1 enters u_j as round-off times sigma_1 / sigma_j
-        for rows in (Uh, Vh):
-            live = rows[: int((inverse > 0).sum())]
-            basis = independent_basis(live)
-            if basis is not None:
-                live.copy_(basis)
-    # a block has a share in at most as many copies of a singular value as it has directions
-    ends = S[space.block - 1 :]
-    repeats = bool(((S[: len(ends)] - ends <= 1e-5 * S[0]) & (ends > null * S[0]))[:rank].any())
-    return truncate(Uh.mT, S.to(A.dtype), Vh, rank, null), evidence, converged, repeats
+    if converged and _longest_run_is_full(S, rank, space.block, null):
+        raise NotCertified(f"a singular value repeats {space.block} times or more, as often as a block can tell")
+    live = int((inverse > 0).sum())
+    restore_orthonormality(Uh, S[:rank], live)
+    restore_orthonormality(Vh, S[:rank], live)
+    return truncate(Uh.mT, S.to(A.dtype), Vh, rank, null), evidence, converged
+
+
+def _longest_run_is_full(S: Tensor, rank: int, block: int, null: float) -> bool:
+    """Whether ``block`` equal values follow each other among (p,) ``S``, beginning in the first ``rank``.
+
+    A block has a share in at most as many copies of a singular value as it has directions.
+    """
+    ends = S[block - 1 :]
+    full = (S[: len(ends)] - ends <= _EQUAL * S[0]) & (ends > null * S[0])
+    return bool(full[:rank].any())
 
 
 def _round_off(size: int, dtype: torch.dtype) -> float:

@@ -11,14 +11,14 @@ from dcmerge_ext import ops
 
 @dataclass(frozen=True)
 class Start:
-    """Where randomness comes from: the seed, the tensor's name and the task, nothing else.
+    """Where randomness comes from: the seed and the tensor's name, nothing else.
 
-    The same matrix takes the same directions alone or in any batch, on any backend, with any number of threads.
+    The same matrix takes the same directions alone or in any batch, on any backend, with any number of threads; and for
+    every task, so that copies of a task decompose to the same bytes and add nothing to a basis but round-off.
     """
 
     seed: int = 0
     key: str = ""
-    task: int = 0
 
     def rows(self, count: int, length: int, like: Tensor, stream: int = 0) -> Tensor:
         """(count, length) of +-1 in the dtype and on the device of ``like``; each stream has directions of its own."""
@@ -27,7 +27,6 @@ class Start:
             length,
             seed=self.seed,
             key=self.key,
-            task=self.task,
             stream=stream,
             dtype=like.dtype,
             device=like.device,

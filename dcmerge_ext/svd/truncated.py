@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,13 +42,13 @@ def truncated_svd(
         A: (..., m, n) tensor or LowRank, finite. Half precision is decomposed in float32, float64 by LAPACK.
         rank: 1 .. min(m, n). A LowRank of smaller rank fills the slots beyond with null components.
         accuracy: "exact" or "fast" (dense input only; LowRank is always exact).
-        tol: of "exact": accepted residual ``|A' U - V S|`` relative to the gap sigma_r - sigma_(r+1) that it must
+        tol: of "exact", ignored otherwise: accepted residual ``|A' U - V S|`` relative to the gap sigma_r - sigma_(r+1) that it must
             resolve. None: round-off.
         seed: of the random directions; the global generators are neither read nor changed.
     Returns:
         Components in float32, or float64 for float64 and LowRank input.
     Raises:
-        ValueError: a rank outside 1 .. min(m, n), tol not positive.
+        ValueError: a rank outside 1 .. min(m, n), tol not positive.   TypeError: not a floating matrix, no int rank.
         ConvergenceError: LAPACK did not converge (non-finite input).
 
     Singular vectors are unique only up to sign, and up to rotation where singular values repeat. A batch is decomposed
@@ -60,6 +61,12 @@ def decompose(
     A: Update, rank: int, *, accuracy: Accuracy = "exact", tol: float | None = None, start: Start = _DEFAULT
 ) -> tuple[Components, list[Evidence]]:
     """As :func:`truncated_svd`, with the evidence for each matrix of the batch (one for all of a LowRank)."""
+    try:
+        rank = operator.index(rank)
+    except TypeError:
+        raise TypeError(f"truncated_svd: rank must be an int, got {rank!r}") from None
+    if len(A.shape) < 2 or not A.dtype.is_floating_point:
+        raise TypeError(f"truncated_svd: needs a floating (..., m, n), got {tuple(A.shape)} {A.dtype}")
     *leading, m, n = A.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"truncated_svd: rank must lie in 1 .. {min(m, n)} for a {m} x {n} matrix, got {rank}")
