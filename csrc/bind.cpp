@@ -42,7 +42,7 @@ void bind_kth_magnitude(uintptr_t x, uintptr_t counts, uintptr_t out, int64_t ro
     with_float(itemsize, [&](auto zero) {
         using Float = decltype(zero);
         cpu::kth_magnitude<Float>(
-            {pointer<const Float>(x), pointer<const int64_t>(counts), pointer<Float>(out), rows, length, threads});
+            {pointer<const Float>(x), pointer<const int64_t>(counts), pointer<Float>(out), rows, length}, threads);
     });
 }
 
@@ -51,8 +51,8 @@ void bind_magnitude_histogram(uintptr_t x, uintptr_t out, int64_t length, int sh
     py::gil_scoped_release release;
     with_float(itemsize, [&](auto zero) {
         using Float = decltype(zero);
-        cpu::magnitude_histogram<Float>(
-            {pointer<const Float>(x), pointer<int64_t>(out), length, shift, width, prefix, threads});
+        cpu::magnitude_histogram<Float>({pointer<const Float>(x), pointer<int64_t>(out), length, shift, width, prefix},
+                                        threads);
     });
 }
 
@@ -63,7 +63,8 @@ void bind_elect(uintptr_t stack, uintptr_t thresholds, uintptr_t out, int64_t ba
     with_float(itemsize, [&](auto zero) {
         using Float = decltype(zero);
         cpu::elect<Float>({pointer<const Float>(stack), pointer<const Float>(thresholds), pointer<Float>(out), batch,
-                           tasks, rows, cols, pointer<const int64_t>(blocks), num_blocks, zero_sum, mean, threads});
+                           tasks, rows, cols, pointer<const int64_t>(blocks), num_blocks, zero_sum, mean},
+                          threads);
     });
 }
 
@@ -72,7 +73,7 @@ void bind_rademacher(uintptr_t out, int64_t length, uint64_t key, uint32_t task,
     py::gil_scoped_release release;
     with_float(itemsize, [&](auto zero) {
         using Float = decltype(zero);
-        cpu::rademacher<Float>({pointer<Float>(out), length, key, task, stream, threads});
+        cpu::rademacher<Float>({pointer<Float>(out), length, key, task, stream}, threads);
     });
 }
 
@@ -91,8 +92,9 @@ bool bind_orthonormalize(uintptr_t rows, uintptr_t out, int64_t count, int64_t l
 void bind_gram_apply(uintptr_t x, uintptr_t a, uintptr_t image, uintptr_t back, int64_t count, int64_t m, int64_t n,
                      int threads) {
     py::gil_scoped_release release;
-    cpu::gram_apply({pointer<const float>(x), pointer<const float>(a), pointer<float>(image), pointer<float>(back),
-                     count, m, n, threads});
+    cpu::gram_apply(
+        {pointer<const float>(x), pointer<const float>(a), pointer<float>(image), pointer<float>(back), count, m, n},
+        threads);
 }
 
 std::string description() {

@@ -80,8 +80,8 @@ std::vector<Span> spans(int64_t rows, int64_t cols, const int64_t* blocks, int64
 }  // namespace
 
 template <typename Float>
-void elect(const ElectParams<Float>& p) {
-    DCM_REQUIRE(p.tasks >= 1 && p.threads >= 1, "needs tasks >= 1 and threads >= 1");
+void elect(const ElectParams<Float>& p, int threads) {
+    DCM_REQUIRE(p.tasks >= 1 && threads >= 1, "needs tasks >= 1 and threads >= 1");
     DCM_REQUIRE(p.zero_sum >= -1 && p.zero_sum <= 1, "zero_sum must be -1, 0 or 1");
     if (p.blocks != nullptr) {
         int64_t covered = 0;
@@ -92,7 +92,7 @@ void elect(const ElectParams<Float>& p) {
     const int64_t size = p.rows * p.cols;
     const std::vector<Span> runs = spans(p.rows, p.cols, p.blocks, p.num_blocks);
     const int64_t per_matrix = static_cast<int64_t>(runs.size());
-    parallel_for(p.batch * per_matrix, p.threads, [&](int64_t index) {
+    parallel_for(p.batch * per_matrix, threads, [&](int64_t index) {
         const int64_t b = index / per_matrix;
         const Span run = runs[static_cast<size_t>(index % per_matrix)];
         elect_run(p.stack + b * p.tasks * size + run.begin, size, p.thresholds ? p.thresholds + b * p.tasks : nullptr,
@@ -100,7 +100,7 @@ void elect(const ElectParams<Float>& p) {
     });
 }
 
-template void elect<float>(const ElectParams<float>&);
-template void elect<double>(const ElectParams<double>&);
+template void elect<float>(const ElectParams<float>&, int);
+template void elect<double>(const ElectParams<double>&, int);
 
 }  // namespace dcmerge::cpu

@@ -127,13 +127,13 @@ std::vector<GramApplyTiles> gram_apply_tiles() {
     return tiles;
 }
 
-void gram_apply(const GramApplyParams& p) {
+void gram_apply(const GramApplyParams& p, int threads) {
     static const GramApplyTiles fastest = gram_apply_tiles().front();
-    gram_apply(p, fastest);
+    gram_apply(p, fastest, threads);
 }
 
-void gram_apply(const GramApplyParams& p, const GramApplyTiles& tiles) {
-    DCM_REQUIRE(p.count >= 0 && p.m >= 0 && p.n >= 0 && p.threads >= 1, "needs sizes >= 0 and threads >= 1");
+void gram_apply(const GramApplyParams& p, const GramApplyTiles& tiles, int threads) {
+    DCM_REQUIRE(p.count >= 0 && p.m >= 0 && p.n >= 0 && threads >= 1, "needs sizes >= 0 and threads >= 1");
     const int64_t groups = ceil_div(p.count, tiles.rows);
     const int64_t padded = groups * tiles.rows;
     std::vector<float> x(static_cast<size_t>(padded * p.n), 0.0F);  // whole tiles: zero rows beyond the last
@@ -141,7 +141,7 @@ void gram_apply(const GramApplyParams& p, const GramApplyTiles& tiles) {
     const int64_t slices = ceil_div(p.m, kSlice);
     std::vector<float> shares(static_cast<size_t>(slices * padded * p.n), 0.0F);
 
-    parallel_for(slices, p.threads, [&](int64_t s) {
+    parallel_for(slices, threads, [&](int64_t s) {
         std::vector<float> w(static_cast<size_t>(kPanel * tiles.rows));
         const int64_t end = std::min(p.m, (s + 1) * kSlice);
         for (int64_t first = s * kSlice; first < end; first += kPanel) {

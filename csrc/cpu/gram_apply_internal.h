@@ -17,6 +17,6 @@ struct GramApplyTiles {
 // Those that this processor runs, fastest first; the portable ones are always last.
 std::vector<GramApplyTiles> gram_apply_tiles();
 
-void gram_apply(const GramApplyParams& p, const GramApplyTiles& tiles);
+void gram_apply(const GramApplyParams& p, const GramApplyTiles& tiles, int threads);
 
 }  // namespace dcmerge::cpu

@@ -34,13 +34,13 @@ DCM_MULTIVERSION void write_signs(const RademacherParams<Float>& p, int64_t begi
 }  // namespace
 
 template <typename Float>
-void rademacher(const RademacherParams<Float>& p) {
-    DCM_REQUIRE(p.length >= 0 && p.threads >= 1, "needs length >= 0 and threads >= 1");
-    parallel_for(ceil_div(p.length, kRun), p.threads,
+void rademacher(const RademacherParams<Float>& p, int threads) {
+    DCM_REQUIRE(p.length >= 0 && threads >= 1, "needs length >= 0 and threads >= 1");
+    parallel_for(ceil_div(p.length, kRun), threads,
                  [&p](int64_t run) { write_signs(p, run * kRun, std::min(p.length, (run + 1) * kRun)); });
 }
 
-template void rademacher<float>(const RademacherParams<float>&);
-template void rademacher<double>(const RademacherParams<double>&);
+template void rademacher<float>(const RademacherParams<float>&, int);
+template void rademacher<double>(const RademacherParams<double>&, int);
 
 }  // namespace dcmerge::cpu

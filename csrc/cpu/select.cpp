@@ -158,27 +158,27 @@ Float select_row(const Float* row, int64_t length, int64_t k, int threads) {
 }  // namespace
 
 template <typename Float>
-void kth_magnitude(const KthMagnitudeParams<Float>& p) {
-    DCM_REQUIRE(p.rows >= 0 && p.length >= 1 && p.threads >= 1, "needs length >= 1 and threads >= 1");
+void kth_magnitude(const KthMagnitudeParams<Float>& p, int threads) {
+    DCM_REQUIRE(p.rows >= 0 && p.length >= 1 && threads >= 1, "needs length >= 1 and threads >= 1");
     for (int64_t i = 0; i < p.rows; ++i)
         DCM_REQUIRE(p.counts[i] >= 1 && p.counts[i] <= p.length, "counts must lie in 1 .. length");
-    const bool by_row = p.rows >= p.threads;
-    parallel_for(p.rows, by_row ? p.threads : 1, [&](int64_t i) {
-        p.out[i] = select_row(p.x + i * p.length, p.length, p.counts[i], by_row ? 1 : p.threads);
+    const bool by_row = p.rows >= threads;
+    parallel_for(p.rows, by_row ? threads : 1, [&](int64_t i) {
+        p.out[i] = select_row(p.x + i * p.length, p.length, p.counts[i], by_row ? 1 : threads);
     });
 }
 
 template <typename Float>
-void magnitude_histogram(const MagnitudeHistogramParams<Float>& p) {
+void magnitude_histogram(const MagnitudeHistogramParams<Float>& p, int threads) {
     DCM_REQUIRE(p.width >= 1 && p.width <= 16 && p.shift >= 0 && p.shift + p.width <= Key<Float>::kBits,
                 "the digit must lie inside the magnitude bits");
-    DCM_REQUIRE(p.threads >= 1, "needs threads >= 1");
-    count_digits_threaded(p.x, p.length, p.shift, p.width, p.prefix, p.out, p.threads);
+    DCM_REQUIRE(threads >= 1, "needs threads >= 1");
+    count_digits_threaded(p.x, p.length, p.shift, p.width, p.prefix, p.out, threads);
 }
 
-template void kth_magnitude<float>(const KthMagnitudeParams<float>&);
-template void kth_magnitude<double>(const KthMagnitudeParams<double>&);
-template void magnitude_histogram<float>(const MagnitudeHistogramParams<float>&);
-template void magnitude_histogram<double>(const MagnitudeHistogramParams<double>&);
+template void kth_magnitude<float>(const KthMagnitudeParams<float>&, int);
+template void kth_magnitude<double>(const KthMagnitudeParams<double>&, int);
+template void magnitude_histogram<float>(const MagnitudeHistogramParams<float>&, int);
+template void magnitude_histogram<double>(const MagnitudeHistogramParams<double>&, int);
 
 }  // namespace dcmerge::cpu

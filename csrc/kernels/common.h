@@ -22,8 +22,19 @@
 #define DCM_MULTIVERSION
 #endif
 
+// What a GPU runs as well as a CPU.
+#ifdef __CUDACC__
+#define DCM_HOST_DEVICE __host__ __device__
+#else
+#define DCM_HOST_DEVICE
+#endif
+
 namespace dcmerge {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+namespace cuda {
+using Stream = void*;  // cudaStream_t: contracts need no header of CUDA
+}  // namespace cuda
+
+DCM_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace dcmerge

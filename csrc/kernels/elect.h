@@ -28,12 +28,17 @@ struct ElectParams {
     int64_t num_blocks;
     int zero_sum;  // sign taken where the sum is exactly 0: -1, +1, or 0 for a result of 0
     bool mean;     // divide by the number of agreeing tasks
-    int threads;
 };
 
 namespace cpu {
 template <typename Float>
-void elect(const ElectParams<Float>& p);
+void elect(const ElectParams<Float>& p, int threads);
 }  // namespace cpu
+
+namespace cuda {
+// stack, thresholds, out: device memory; blocks: host memory, read before the call returns.
+template <typename Float>
+void elect(const ElectParams<Float>& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace dcmerge

@@ -19,11 +19,10 @@ struct GramApplyParams {
     int64_t count;
     int64_t m;
     int64_t n;
-    int threads;
 };
 
 namespace cpu {
-void gram_apply(const GramApplyParams& p);
+void gram_apply(const GramApplyParams& p, int threads);
 }  // namespace cpu
 
 }  // namespace dcmerge

@@ -19,7 +19,7 @@ struct PhiloxBlock {
 };
 
 // Ten rounds; called with a counter, returns the random bits.
-inline PhiloxBlock philox(PhiloxBlock c, uint64_t key) {
+DCM_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock c, uint64_t key) {
     uint32_t k0 = static_cast<uint32_t>(key);
     uint32_t k1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -40,12 +40,16 @@ struct RademacherParams {
     uint64_t key;
     uint32_t task;
     uint32_t stream;
-    int threads;
 };
 
 namespace cpu {
 template <typename Float>
-void rademacher(const RademacherParams<Float>& p);
+void rademacher(const RademacherParams<Float>& p, int threads);
 }  // namespace cpu
+
+namespace cuda {
+template <typename Float>
+void rademacher(const RademacherParams<Float>& p, Stream stream);  // out: device memory
+}  // namespace cuda
 
 }  // namespace dcmerge

@@ -19,7 +19,6 @@ struct KthMagnitudeParams {
     Float* out;             // (rows,)
     int64_t rows;
     int64_t length;
-    int threads;
 };
 
 // out[d] += number of elements whose key has the digit d = (key >> shift) mod 2^width and the leading bits
@@ -33,14 +32,22 @@ struct MagnitudeHistogramParams {
     int shift;        // bits below the digit
     int width;        // bits of the digit, 1 .. 16
     uint64_t prefix;  // leading bits above the digit
-    int threads;
 };
 
 namespace cpu {
 template <typename Float>
-void kth_magnitude(const KthMagnitudeParams<Float>& p);
+void kth_magnitude(const KthMagnitudeParams<Float>& p, int threads);
 template <typename Float>
-void magnitude_histogram(const MagnitudeHistogramParams<Float>& p);
+void magnitude_histogram(const MagnitudeHistogramParams<Float>& p, int threads);
 }  // namespace cpu
+
+namespace cuda {
+// All pointers are device memory. The selection finishes on the device: nothing is copied back, nothing waits.
+int64_t kth_magnitude_workspace(int64_t rows, int64_t length, int itemsize);  // bytes
+template <typename Float>
+void kth_magnitude(const KthMagnitudeParams<Float>& p, void* workspace, Stream stream);
+template <typename Float>
+void magnitude_histogram(const MagnitudeHistogramParams<Float>& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace dcmerge

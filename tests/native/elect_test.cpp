@@ -43,18 +43,19 @@ void check_elect(int64_t batch, int64_t tasks, int64_t rows, int64_t cols, const
         thresholds.push_back(stack.empty() ? 0 : std::fabs(stack[static_cast<size_t>(t * rows * cols + t % cols)]));
     for (const int zero_sum : {-1, 0, 1})
         for (const bool trimmed : {false, true}) {
-            ElectParams<Float> p = {stack.data(),
-                                    trimmed ? thresholds.data() : nullptr,
-                                    nullptr,
-                                    batch,
-                                    tasks,
-                                    rows,
-                                    cols,
-                                    blocks == nullptr ? nullptr : blocks->data(),
-                                    blocks == nullptr ? 0 : static_cast<int64_t>(blocks->size()),
-                                    zero_sum,
-                                    (zero_sum < 0) == trimmed,  // both rules with and without thresholds
-                                    1};
+            ElectParams<Float> p = {
+                stack.data(),
+                trimmed ? thresholds.data() : nullptr,
+                nullptr,
+                batch,
+                tasks,
+                rows,
+                cols,
+                blocks == nullptr ? nullptr : blocks->data(),
+                blocks == nullptr ? 0 : static_cast<int64_t>(blocks->size()),
+                zero_sum,
+                (zero_sum < 0) == trimmed  // both rules with and without thresholds
+            };
             std::vector<Float> expected;
             for (int64_t i = 0; i < batch * rows * cols; ++i) {
                 const int64_t cell = i % (rows * cols);
@@ -62,10 +63,9 @@ void check_elect(int64_t batch, int64_t tasks, int64_t rows, int64_t cols, const
                 expected.push_back(kept ? elect_one(p, i / (rows * cols), cell) : Float(0));
             }
             for (const int threads : {1, 2, 5}) {
-                p.threads = threads;
                 std::vector<Float> found = unwritten<Float>(batch * rows * cols);
                 p.out = found.data();
-                cpu::elect(p);
+                cpu::elect(p, threads);
                 CHECK(same_bits(found, expected));
             }
         }
@@ -92,7 +92,7 @@ void denormals() {
     for (size_t i = 0; i < 700; ++i) stack[i] = stack[700 + i] = i % 2 == 0 ? least : -least;
     std::vector<Float> found = unwritten<Float>(700);
     const Float thresholds[] = {least, 0};
-    cpu::elect<Float>({stack.data(), thresholds, found.data(), 1, 2, 1, 700, nullptr, 0, 0, true, 1});
+    cpu::elect<Float>({stack.data(), thresholds, found.data(), 1, 2, 1, 700, nullptr, 0, 0, true}, 1);
     stack.resize(700);
     CHECK(same_bits(found, stack));
 }
@@ -102,7 +102,7 @@ void refusals() {
     std::vector<float> out(4);
     const std::vector<int64_t> blocks = {1, 2};
     const auto elect = [&](int64_t tasks, const int64_t* sizes, int zero_sum, int threads) {
-        cpu::elect<float>({stack.data(), nullptr, out.data(), 1, tasks, 2, 2, sizes, 2, zero_sum, true, threads});
+        cpu::elect<float>({stack.data(), nullptr, out.data(), 1, tasks, 2, 2, sizes, 2, zero_sum, true}, threads);
     };
     CHECK_THROWS(elect(0, nullptr, 0, 1), std::invalid_argument);
     CHECK_THROWS(elect(1, blocks.data(), 0, 1), std::invalid_argument);

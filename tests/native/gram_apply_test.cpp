@@ -41,12 +41,12 @@ struct Problem {
     template <typename Apply>
     Products by(int threads, const Apply& apply) const {
         Products found = {unwritten<float>(count * m), unwritten<float>(count * n)};
-        apply(GramApplyParams{x.data(), a.data(), found.image.data(), found.back.data(), count, m, n, threads});
+        apply(GramApplyParams{x.data(), a.data(), found.image.data(), found.back.data(), count, m, n}, threads);
         return found;
     }
 
     Products by(int threads, const cpu::GramApplyTiles& tiles) const {
-        return by(threads, [&](const GramApplyParams& p) { cpu::gram_apply(p, tiles); });
+        return by(threads, [&](const GramApplyParams& p, int count) { cpu::gram_apply(p, tiles, count); });
     }
 
   private:
@@ -134,7 +134,7 @@ void check_tiles(const cpu::GramApplyTiles& tiles) {
 void refusals(const cpu::GramApplyTiles& tiles) {
     std::vector<float> one(1);
     const auto apply = [&](int64_t count, int64_t m, int64_t n, int threads) {
-        cpu::gram_apply({one.data(), one.data(), one.data(), one.data(), count, m, n, threads}, tiles);
+        cpu::gram_apply({one.data(), one.data(), one.data(), one.data(), count, m, n}, tiles, threads);
     };
     CHECK_THROWS(apply(-1, 1, 1, 1), std::invalid_argument);
     CHECK_THROWS(apply(1, -1, 1, 1), std::invalid_argument);
@@ -151,7 +151,8 @@ void test_gram_apply() {
         refusals(tiles);
     }
     const Problem p = Problem::of_normals(7, 401, 53);
-    const Products chosen = p.by(2, [](const GramApplyParams& params) { cpu::gram_apply(params); });
+    const Products chosen =
+        p.by(2, [](const GramApplyParams& params, int threads) { cpu::gram_apply(params, threads); });
     CHECK(chosen.same_bits_as(p.by(1, all.front())));
 }
 

@@ -37,7 +37,7 @@ void check_signs(int64_t length, int threads) {
         expected.push_back((block.word[e % 128 / 32] >> (e % 32) & 1) != 0 ? Float(-1) : Float(1));
     }
     std::vector<Float> found = unwritten<Float>(length);
-    cpu::rademacher<Float>({found.data(), length, key, 0xFFFFFFFF, 3, threads});
+    cpu::rademacher<Float>({found.data(), length, key, 0xFFFFFFFF, 3}, threads);
     CHECK(same_bits(found, expected));
 }
 
@@ -55,7 +55,7 @@ void test_philox() {
     test_signs_of<float>();
     test_signs_of<double>();
     std::vector<float> out(1);
-    CHECK_THROWS(cpu::rademacher<float>({out.data(), 1, 0, 0, 0, 0}), std::invalid_argument);
+    CHECK_THROWS(cpu::rademacher<float>({out.data(), 1, 0, 0, 0}, 0), std::invalid_argument);
 }
 
 }  // namespace dcmerge

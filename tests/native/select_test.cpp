@@ -22,7 +22,7 @@ void check_kth(const std::vector<Float>& x, const std::vector<int64_t>& counts, 
     }
     for (const int threads : {1, 2, 3, 7}) {
         std::vector<Float> found = unwritten<Float>(rows);
-        cpu::kth_magnitude<Float>({x.data(), counts.data(), found.data(), rows, length, threads});
+        cpu::kth_magnitude<Float>({x.data(), counts.data(), found.data(), rows, length}, threads);
         CHECK(same_bits(found, expected));
     }
 }
@@ -96,7 +96,7 @@ void histograms() {
                     if (key >> (shift + width) == prefix) ++expected[(key >> shift) % expected.size()];
                 for (const int threads : {1, 2, 7}) {
                     std::vector<int64_t> found(expected.size(), 3);
-                    cpu::magnitude_histogram<Float>({x.data(), found.data(), length, shift, width, prefix, threads});
+                    cpu::magnitude_histogram<Float>({x.data(), found.data(), length, shift, width, prefix}, threads);
                     CHECK(found == expected);
                 }
             }
@@ -109,12 +109,12 @@ void refusals() {
     std::vector<int64_t> bins(2);
     for (const int64_t count : {-1, 0, 5}) {
         const std::vector<int64_t> counts = {count};
-        CHECK_THROWS(cpu::kth_magnitude<float>({x.data(), counts.data(), out.data(), 1, 4, 1}), std::invalid_argument);
+        CHECK_THROWS(cpu::kth_magnitude<float>({x.data(), counts.data(), out.data(), 1, 4}, 1), std::invalid_argument);
     }
     for (const int shift : {-1, 31})
-        CHECK_THROWS(cpu::magnitude_histogram<float>({x.data(), bins.data(), 4, shift, 1, 0, 1}),
+        CHECK_THROWS(cpu::magnitude_histogram<float>({x.data(), bins.data(), 4, shift, 1, 0}, 1),
                      std::invalid_argument);
-    CHECK_THROWS(cpu::magnitude_histogram<float>({x.data(), bins.data(), 4, 0, 1, 0, 0}), std::invalid_argument);
+    CHECK_THROWS(cpu::magnitude_histogram<float>({x.data(), bins.data(), 4, 0, 1, 0}, 0), std::invalid_argument);
 }
 
 template <typename Float>
