@@ -12,6 +12,7 @@
 #include "kernels/gram_apply.h"
 #include "kernels/orthonormalize.h"
 #include "kernels/philox.h"
+#include "kernels/project.h"
 #include "kernels/select.h"
 
 namespace py = pybind11;
@@ -77,6 +78,20 @@ void bind_rademacher(uintptr_t out, int64_t length, uint64_t key, uint32_t task,
     });
 }
 
+void bind_project(uintptr_t left, uintptr_t right, uintptr_t s, uintptr_t counts, uintptr_t thresholds,
+                  uintptr_t largest, uintptr_t blocks, int64_t batch, int64_t tasks, int64_t k, uintptr_t ranks,
+                  uintptr_t sizes, int64_t num_blocks, int itemsize, int threads) {
+    py::gil_scoped_release release;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        cpu::project<Float>({pointer<const Float>(left), pointer<const Float>(right), pointer<const Float>(s),
+                             pointer<const int64_t>(counts), pointer<Float>(thresholds), pointer<Float>(largest),
+                             pointer<Float>(blocks), batch, tasks, k, pointer<const int64_t>(ranks),
+                             pointer<const int64_t>(sizes), num_blocks},
+                            threads);
+    });
+}
+
 bool bind_orthonormalize(uintptr_t rows, uintptr_t out, int64_t count, int64_t length, double worst_pivot,
                          int itemsize) {
     py::gil_scoped_release release;
@@ -121,6 +136,8 @@ PYBIND11_MODULE(_cpu, m) {
           "blocks"_a, "num_blocks"_a, "zero_sum"_a, "mean"_a, "itemsize"_a, "threads"_a);
     m.def("rademacher", &bind_rademacher, "out"_a, "length"_a, "key"_a, "task"_a, "stream"_a, "itemsize"_a,
           "threads"_a);
+    m.def("project", &bind_project, "left"_a, "right"_a, "s"_a, "counts"_a, "thresholds"_a, "largest"_a, "blocks"_a,
+          "batch"_a, "tasks"_a, "k"_a, "ranks"_a, "sizes"_a, "num_blocks"_a, "itemsize"_a, "threads"_a);
     m.def("gram_apply", &bind_gram_apply, "x"_a, "a"_a, "image"_a, "back"_a, "count"_a, "m"_a, "n"_a, "threads"_a);
     m.def("orthonormalize", &bind_orthonormalize, "rows"_a, "out"_a, "count"_a, "length"_a, "worst_pivot"_a,
           "itemsize"_a);

@@ -21,3 +21,20 @@ def elect(
 def rademacher(out: int, length: int, key: int, task: int, stream: int, itemsize: int, threads: int) -> None: ...
 def orthonormalize(rows: int, out: int, count: int, length: int, worst_pivot: float, itemsize: int) -> bool: ...
 def gram_apply(x: int, a: int, image: int, back: int, count: int, m: int, n: int, threads: int) -> None: ...
+def project(
+    left: int,
+    right: int,
+    s: int,
+    counts: int,
+    thresholds: int,
+    largest: int,
+    blocks: int,
+    batch: int,
+    tasks: int,
+    k: int,
+    ranks: int,
+    sizes: int,
+    num_blocks: int,
+    itemsize: int,
+    threads: int,
+) -> None: ...

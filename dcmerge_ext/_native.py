@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dcmerge_ext import reference
+
+_LARGEST_CORE, _MOST_COLUMNS = 768, 64
+"""Order k and columns per task up to which the fused projection beats BLAS products and one selection per core."""
+
 try:
     import dcmerge_ext._cpu as _cpu
 except ImportError as error:  # a source tree that was never built, or a build for another Python
@@ -66,6 +71,35 @@ def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None
         torch.get_num_threads(),
     )
     return out
+
+
+def project(
+    left: Tensor, right: Tensor, s: Tensor, ranks: Sequence[int], counts: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, k, _ = left.shape
+    if k > _LARGEST_CORE or max(ranks) > _MOST_COLUMNS:
+        return reference.project(left, right, s, ranks, counts, sizes, kth_magnitude)
+    blocks = left.new_empty(*counts.shape, sum(size * size for size in sizes))
+    thresholds, largest = left.new_empty(counts.shape), left.new_empty(counts.shape)
+    columns, rows = torch.tensor(ranks, dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64)
+    _cpu.project(
+        left.data_ptr(),
+        right.data_ptr(),
+        s.data_ptr(),
+        counts.data_ptr(),
+        thresholds.data_ptr(),
+        largest.data_ptr(),
+        blocks.data_ptr(),
+        batch,
+        len(ranks),
+        k,
+        columns.data_ptr(),
+        rows.data_ptr(),
+        len(sizes),
+        left.element_size(),
+        torch.get_num_threads(),
+    )
+    return blocks, thresholds, largest
 
 
 def rademacher(

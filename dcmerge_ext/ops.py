@@ -118,6 +118,48 @@ def elect(
     return merged.reshape(*leading, rows, cols).to(stack.dtype)
 
 
+def project(
+    left: Tensor, right: Tensor, s: Tensor, *, ranks: Sequence[int], counts: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tasks' cores M_i = left[:, I_i] diag(s[I_i]) right[:, I_i]', of which only the diagonal blocks are kept.
+
+    (DC-Merge, arXiv 2603.06242, section 3.3.) Trimming needs the magnitudes of all k^2 entries of each core, the merge
+    after the structural mask only those inside the diagonal blocks: no more than one core exists at a time.
+
+    Args:
+        left, right: (..., k, k), float32 or float64: (U'U)^(1/2) and (V'V)^(1/2).   s: (..., k), same dtype.
+        ranks: columns I_i of each of the T tasks, one after the other, adding up to k.
+        counts: (..., T) int64: how many entries of each core trimming keeps, 1 .. k^2.
+        sizes: of the diagonal blocks, adding up to k.
+    Returns:
+        blocks (..., T, sum of sizes squared): of each core the blocks, row-major, one after the other.
+        thresholds (..., T): the counts-th largest magnitude of each core.   largest (..., T): the largest.
+    Raises:
+        ValueError: shapes, dtypes, sums or counts that differ from that.
+    """
+    *leading, k, _ = left.shape if left.ndim >= 2 else (0, 0)
+    tasks = len(ranks)
+    if left.shape != (*leading, k, k) or right.shape != left.shape or s.shape != (*leading, k) or not k:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (left, right, s))
+        raise ValueError(f"project: needs left and right (..., k, k) and s (..., k) with k >= 1, got {shapes}")
+    if len({left.dtype, right.dtype, s.dtype}) > 1 or left.dtype not in _COMPUTE_DTYPES:
+        dtypes = ", ".join(str(x.dtype) for x in (left, right, s))
+        raise ValueError(f"project: needs one dtype, float32 or float64, got {dtypes}")
+    for name, parts in (("ranks", ranks), ("sizes", sizes)):
+        if sum(parts) != k or min(parts, default=0) < 0:
+            raise ValueError(f"project: {name} must not be negative and add up to k = {k}, got {list(parts)}")
+    if counts.shape != (*leading, tasks) or counts.dtype != torch.int64:
+        raise ValueError(f"project: counts must be int64 {(*leading, tasks)}, got {counts.dtype} {tuple(counts.shape)}")
+    if counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= k * k:
+        raise ValueError(f"project: counts must lie in 1 .. {k * k}, got {int(counts.min())} .. {int(counts.max())}")
+    batch = math.prod(leading)
+    u, v = (x.detach().reshape(batch, k, k).contiguous() for x in (left, right))
+    values, wanted = s.detach().reshape(batch, k).contiguous(), counts.reshape(batch, tasks).contiguous()
+    found = for_device(left.device).project(u, v, values, ranks, wanted, sizes)
+    blocks, thresholds, largest = (x.reshape(*leading, *x.shape[1:]) for x in found)
+    return blocks, thresholds, largest
+
+
 @traceable
 def rademacher(
     rows: int,

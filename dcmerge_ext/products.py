@@ -35,3 +35,17 @@ def gram_float64(X: Tensor) -> Tensor:
         total[:half, :half].addmm_(piece[:half], piece[:half].mT)
         total[half:].addmm_(piece[half:], piece.mT)
     return total
+
+
+def wide_product(A: Tensor, B: Tensor) -> Tensor:
+    """A (..., m, k) @ B (..., k, n) for float64 B, in the dtype of A, computed in float64 in pieces that stay in cache."""
+    if A.dtype == B.dtype:
+        return A @ B
+    *leading, m, k = A.shape
+    n = B.shape[-1]
+    out = A.new_empty(*leading, m, n)
+    step = max(64, _CHUNK // max(k, n, 1))
+    for rows, right, place in zip(A.reshape(-1, m, k), B.reshape(-1, k, n), out.view(-1, m, n), strict=True):
+        for begin in range(0, m, step):
+            place[begin : begin + step] = rows[begin : begin + step].double() @ right
+    return out

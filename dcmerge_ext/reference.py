@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +42,30 @@ def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None
         )
         merged = torch.where(block[:, None] == block, merged, 0)
     return merged
+
+
+def project(
+    left: Tensor,
+    right: Tensor,
+    s: Tensor,
+    ranks: Sequence[int],
+    counts: Tensor,
+    sizes: Sequence[int],
+    kth: Callable[[Tensor, Tensor], Tensor] = kth_magnitude,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ends = list(itertools.accumulate(sizes))
+    blocks = left.new_empty(*counts.shape, sum(size * size for size in sizes))
+    thresholds, largest = left.new_empty(counts.shape), left.new_empty(counts.shape)
+    core = left.new_empty(left.shape[1:])  # one at a time: T of them would be the largest thing in memory
+    for matrix, (u, v, values) in enumerate(zip(left, right, s, strict=True)):
+        columns = (torch.split(side, list(ranks), dim=-1) for side in (u * values, v))
+        for task, (mine, other) in enumerate(zip(*columns, strict=True)):
+            torch.mm(mine, other.mT, out=core)
+            for found, count in ((thresholds, counts[matrix, task]), (largest, torch.ones_like(counts[0, 0]))):
+                found[matrix, task] = kth(core.view(1, -1), count.reshape(1))[0]
+            parts = (core[end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True))
+            torch.cat([part.reshape(-1) for part in parts], out=blocks[matrix, task])
+    return blocks, thresholds, largest
 
 
 def rademacher(

@@ -530,50 +530,10 @@ class TestForms:
         assert cases.error(dc_merge([empty, full], **MASKED_SUM), full) < 1e-12
 
 
-def one_core_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Takes the path of cores that are too large to be held together; returns the shapes that are elected there."""
-    shapes: list[tuple[int, ...]] = []
-    elect = MODULE.ops.elect
-
-    def recording(stack: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shapes.append(tuple(stack.shape))
-        return elect(stack, *args, **kwargs)
-
-    monkeypatch.setattr(MODULE, "_STACK_BYTES", 0)
-    monkeypatch.setattr(MODULE.ops, "elect", recording)
-    return shapes
-
-
 # --- how it is computed ----------------------------------------------------------------------------------------------
 
 
 class TestComputation:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize(
-        "options", [{}, {"keep": 0.6}, {"block_size": 0}, {"block_size": 5}, {"smoothing": "average"}]
-    )
-    def test_large_cores_are_merged_one_at_a_time_to_the_same_bits(
-        self, dtype: torch.dtype, options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        updates = cases.full_updates(3, 45, 50, dtype=dtype)
-        batch = [torch.stack([u, u.flip(0), 0 * u]) for u in updates]
-        stacked = dc_merge(updates, **options), dc_merge(batch, **options)
-        shapes = one_core_at_a_time(monkeypatch)
-        assert torch.equal(dc_merge(updates, **options), stacked[0])
-        assert torch.equal(dc_merge(batch, **options), stacked[1])
-        side = options.get("block_size", 15) or 45
-        assert {shape[-2:] for shape in shapes} == {(side, side)}
-
-    @pytest.mark.parametrize("block_size", [None, 4])
-    def test_blocks_of_different_sizes_take_the_same_path(
-        self, block_size: int | None, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        updates = cases.lora_updates([5, 1, 3], 30, 20)
-        stacked = dc_merge(updates, block_size=block_size, keep=0.6)
-        shapes = one_core_at_a_time(monkeypatch)
-        assert torch.equal(dc_merge(updates, block_size=block_size, keep=0.6).dense(), stacked.dense())
-        assert shapes == [(3, b, b) for b in ([5, 1, 3] if block_size is None else [4, 4, 1])]
-
     def test_adapters_in_float32_are_merged_in_float64(self) -> None:
         # adapters of one initialisation share their right factors almost: the basis has a condition near 1e4
         shared = cases.orthonormal(40, 4, 12).T

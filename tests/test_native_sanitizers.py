@@ -181,6 +181,10 @@ BUGS = {
         "thread", "cpu/gram_apply.cpp", "(s * padded + g * tiles.rows)", "g * tiles.rows", RACE
     ),
     "runs that overlap": Bug("thread", "cpu/philox.cpp", "(run + 1) * kRun", "(run + 2) * kRun", RACE),
+    "more columns than the task has": Bug("address", "cpu/project.cpp", "c + 4 <= rank", "c < rank", OVERFLOW),
+    "column shared by tasks": Bug(
+        "thread", "cpu/project.cpp", "const int64_t first = firsts", "static int64_t first; first = firsts", RACE
+    ),
     "ties at the threshold trimmed": Bug(
         "plain", "cpu/elect.cpp", "+= magnitude >= threshold", "+= magnitude > threshold", "elect_test.cpp"
     ),

@@ -516,6 +516,98 @@ class TestGramApply:
                 assert all(same_bits(one, two) for one, two in zip(alone, applied(x, a), strict=True))
 
 
+# --- project ---------------------------------------------------------------------------------------------------------
+
+
+def projection_inputs(
+    ranks: Sequence[int], *batch: int, seed: int = 41, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """left, right, s"""
+    k = sum(ranks)
+    left, right = (cases.normal(*batch, k, k, seed=seed + i, dtype=dtype) for i in range(2))
+    return left, right, cases.normal(*batch, k, seed=seed + 2, dtype=dtype).abs()
+
+
+def cores(left: Tensor, right: Tensor, s: Tensor, ranks: Sequence[int]) -> Tensor:
+    """(..., T, k, k) in float64"""
+    columns = zip(*(x.double().split(list(ranks), dim=-1) for x in (left, s, right)), strict=True)
+    return torch.stack([u * values[..., None, :] @ v.mT for u, values, v in columns], dim=-3)
+
+
+class TestProject:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        ("ranks", "sizes", "batch"),
+        [
+            ([1], [1], ()),
+            ([3], [3], (2,)),
+            ([5, 1, 3], [5, 1, 3], ()),
+            ([5, 0, 3], [4, 4], (3, 2)),
+            ([16] * 8, [16] * 8, ()),
+            ([31, 33], [64], ()),
+            ([2] * 70, [2] * 70, ()),
+            ([400, 390], [400, 390], ()),  # above the order that the native core takes itself
+        ],
+    )
+    def test_equals_the_cores_in_float64(
+        self, ranks: list[int], sizes: list[int], batch: tuple[int, ...], dtype: torch.dtype, backend: str
+    ) -> None:
+        left, right, s = projection_inputs(ranks, *batch, dtype=dtype)
+        k = sum(ranks)
+        counts = torch.arange(len(ranks)).add(1).mul(k).clamp(max=k * k).expand(*batch, -1)
+        blocks, thresholds, largest = ops.project(left, right, s, ranks=ranks, counts=counts, sizes=sizes)
+        expected = cores(left, right, s, ranks)
+        tolerance = 4 * torch.finfo(dtype).eps * max(ranks) ** 0.5 * expected.abs().amax()
+        ends = np.cumsum(sizes)
+        kept = [expected[..., e - z : e, e - z : e].flatten(-2) for e, z in zip(ends, sizes, strict=True)]
+        assert blocks.dtype == thresholds.dtype == largest.dtype == dtype
+        assert blocks.shape == (*batch, len(ranks), sum(z * z for z in sizes))
+        assert (blocks - torch.cat(kept, dim=-1)).abs().amax() <= tolerance
+        magnitudes = expected.abs().flatten(-2).sort(dim=-1, descending=True).values
+        assert (largest - magnitudes[..., 0]).abs().amax() <= tolerance
+        assert (thresholds - magnitudes.gather(-1, counts[..., None] - 1)[..., 0]).abs().amax() <= tolerance
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_thresholds_and_largest_are_magnitudes_of_the_blocks_themselves(
+        self, dtype: torch.dtype, backend: str
+    ) -> None:
+        ranks = [9, 24]
+        left, right, s = projection_inputs(ranks, dtype=dtype)
+        counts = torch.tensor([7, 33 * 33])
+        blocks, thresholds, largest = ops.project(left, right, s, ranks=ranks, counts=counts, sizes=[33])
+        assert torch.equal(thresholds, ops.kth_magnitude(blocks, counts))
+        assert torch.equal(largest, ops.kth_magnitude(blocks, 1))
+
+    def test_a_matrix_gives_the_same_bytes_in_any_batch(self, backend: str) -> None:
+        ranks = [6, 11, 4]
+        left, right, s = projection_inputs(ranks, 3)
+        counts = torch.tensor([[1, 50, 441], [3, 3, 3], [20, 10, 5]])
+        together = ops.project(left, right, s, ranks=ranks, counts=counts, sizes=ranks)
+        for i in range(3):
+            alone = ops.project(left[i], right[i], s[i], ranks=ranks, counts=counts[i], sizes=ranks)
+            assert all(same_bits(one, many[i]) for one, many in zip(alone, together, strict=True))
+
+    def test_strided_input_is_read_as_it_is(self, backend: str) -> None:
+        ranks = [3, 4]
+        left, right, s = projection_inputs(ranks)
+        counts = torch.tensor([4, 9])
+        wide = torch.stack([s, s], dim=-1)[..., 0]
+        views = (left.mT.contiguous().mT, right[:, :].mT.contiguous().mT, wide)
+        found = ops.project(*views, ranks=ranks, counts=counts, sizes=ranks)
+        expected = ops.project(left, right, s, ranks=ranks, counts=counts, sizes=ranks)
+        assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+    def test_null_components_give_zeros(self, backend: str) -> None:
+        ranks = [2, 3]
+        left, right, s = projection_inputs(ranks)
+        blocks, thresholds, largest = ops.project(
+            left, right, 0 * s, ranks=ranks, counts=torch.tensor([1, 25]), sizes=ranks
+        )
+        assert (blocks == 0).all()
+        assert (thresholds == 0).all()
+        assert (largest == 0).all()
+
+
 # --- every operation -------------------------------------------------------------------------------------------------
 
 
@@ -592,6 +684,13 @@ class TestDegenerateInput:
 LONG = cases.normal(3, 1, 300_017, seed=24, dtype=torch.float32)
 
 
+def projected_blocks(ranks: list[int]) -> Tensor:
+    left, right, s = projection_inputs(ranks, 2, dtype=torch.float32)
+    counts = torch.full((2, len(ranks)), 16)
+    blocks, thresholds, largest = ops.project(left, right, s, ranks=ranks, counts=counts, sizes=ranks)
+    return torch.cat([blocks.flatten(), thresholds.flatten(), largest.flatten()])
+
+
 def histogram_of(x: Tensor) -> Tensor:
     out = torch.zeros(1 << 16, dtype=torch.int64)
     ops.magnitude_histogram(x, out, shift=15, width=16)
@@ -610,6 +709,7 @@ def histogram_of(x: Tensor) -> Tensor:
         lambda: ops.elect(LONG, torch.tensor([0.5, 1, 0.1])),
         lambda: ops.elect(LONG.double().flatten()[:900_000].reshape(1, 4, 15, 15_000), zero_sum=1, reduce="sum"),
         lambda: ops.elect(LONG.flatten()[:800_000].reshape(5, 400, 400), blocks=[100, 3, 297]),
+        lambda: projected_blocks([16] * 8),
         lambda: ops.rademacher(1_001, 301, seed=1),
         lambda: ops.rademacher(1_001, 301, seed=1, dtype=torch.float64),
     ],
@@ -633,7 +733,27 @@ GRAM_APPLY = (
     r"gram_apply: needs contiguous float32 x \(count, n\), a \(m, n\) and image \(count, m\) on one device, got "
 )
 
+K = torch.ones(4, 4)
+TWO = torch.tensor([2, 2])
+
+
+def project(
+    left: Tensor = K, s: Tensor = K[0], ranks: Sequence[int] = (2, 2), counts: Tensor = TWO, sizes: Sequence[int] = (4,)
+) -> object:
+    return ops.project(left, K, s, ranks=ranks, counts=counts, sizes=sizes)
+
+
 BAD_CALLS = [
+    (lambda: project(K[:3]), ValueError, r"project: needs left and right .* got \(3, 4\), \(4, 4\), \(4,\)"),
+    (lambda: project(K[0]), ValueError, r"got \(4,\), \(4, 4\), \(4,\)"),
+    (lambda: project(s=K[0, :3]), ValueError, r"got \(4, 4\), \(4, 4\), \(3,\)"),
+    (lambda: project(K.double()), ValueError, r"project: needs one dtype, .*got torch.float64, torch.float32"),
+    (lambda: project(ranks=(2, 1)), ValueError, r"project: ranks .* add up to k = 4, got \[2, 1\]"),
+    (lambda: project(sizes=(5, -1)), ValueError, r"project: sizes must not be negative .*got \[5, -1\]"),
+    (lambda: project(counts=TWO[:1]), ValueError, r"project: counts must be int64 \(2,\), got torch.int64 \(1,\)"),
+    (lambda: project(counts=TWO.int()), ValueError, r"got torch.int32 \(2,\)"),
+    (lambda: project(counts=TWO * 0), ValueError, r"project: counts must lie in 1 \.\. 16, got 0 \.\. 0"),
+    (lambda: project(counts=TWO * 9), ValueError, r"got 18 \.\. 18"),
     (lambda: ops.kth_magnitude(X, 0), ValueError, r"kth_magnitude: counts must lie in 1 \.\. 5, got 0 \.\. 0"),
     (lambda: ops.kth_magnitude(X, torch.tensor([2, 6])), ValueError, r"must lie in 1 \.\. 5, got 2 \.\. 6"),
     (lambda: ops.kth_magnitude(torch.ones(2, 0), 1), ValueError, r"N >= 1, got \(2, 0\)"),

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/select_internal.h"
 
 namespace dcmerge::cpu {
 namespace {
@@ -85,20 +86,25 @@ uint64_t pick_bin(const std::vector<int64_t>& histogram, int64_t& k) {
     throw std::logic_error("kth_magnitude: rank exceeds the number of elements");
 }
 
+// Integers, because a maximum of floating-point numbers does not vectorise.
+template <typename Float>
+DCM_MULTIVERSION typename Key<Float>::type largest_key(const Float* x, int64_t length) {
+    typename Key<Float>::type largest = 0;
+    for (int64_t i = 0; i < length; ++i) {
+        const typename Key<Float>::type key = magnitude_key(x[i]);
+        largest = key > largest ? key : largest;
+    }
+    return largest;
+}
+
 // Appends the keys of x[0 .. length) that are at least `bound`. Nearly all runs hold none: a vectorised maximum skips
 // those. False as soon as there are more than `most`.
 template <typename Float>
 DCM_MULTIVERSION bool keys_above(const Float* x, int64_t length, typename Key<Float>::type bound, size_t most,
                                  std::vector<typename Key<Float>::type>* found) {
-    using Bits = typename Key<Float>::type;
     for (int64_t begin = 0; begin < length; begin += kScanRun) {
         const int64_t end = std::min(begin + kScanRun, length);
-        Bits largest = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            const Bits key = magnitude_key(x[i]);
-            largest = key > largest ? key : largest;
-        }
-        if (largest < bound) continue;
+        if (largest_key(x + begin, end - begin) < bound) continue;
         for (int64_t i = begin; i < end; ++i)
             if (magnitude_key(x[i]) >= bound) found->push_back(magnitude_key(x[i]));
         if (found->size() > most) return false;
@@ -130,6 +136,8 @@ bool select_above_bound(const Float* row, int64_t length, int64_t k, Float* out)
     return true;
 }
 
+}  // namespace
+
 template <typename Float>
 Float select_row(const Float* row, int64_t length, int64_t k, int threads) {
     using Bits = typename Key<Float>::type;
@@ -155,7 +163,10 @@ Float select_row(const Float* row, int64_t length, int64_t k, int threads) {
     return from_key<Float>(static_cast<Bits>(prefix));
 }
 
-}  // namespace
+template <typename Float>
+Float largest_magnitude(const Float* row, int64_t length) {
+    return from_key<Float>(largest_key(row, length));
+}
 
 template <typename Float>
 void kth_magnitude(const KthMagnitudeParams<Float>& p, int threads) {
@@ -176,6 +187,10 @@ void magnitude_histogram(const MagnitudeHistogramParams<Float>& p, int threads) 
     count_digits_threaded(p.x, p.length, p.shift, p.width, p.prefix, p.out, threads);
 }
 
+template float largest_magnitude<float>(const float*, int64_t);
+template double largest_magnitude<double>(const double*, int64_t);
+template float select_row<float>(const float*, int64_t, int64_t, int);
+template double select_row<double>(const double*, int64_t, int64_t, int);
 template void kth_magnitude<float>(const KthMagnitudeParams<float>&, int);
 template void kth_magnitude<double>(const KthMagnitudeParams<double>&, int);
 template void magnitude_histogram<float>(const MagnitudeHistogramParams<float>&, int);

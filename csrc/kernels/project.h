@@ -7,8 +7,8 @@
 // magnitudes of all k^2 entries of each M_i, merging only those inside the diagonal blocks. So the entries are
 // computed, counted and dropped, once per digit of the selection (see select.h), and only the blocks are written.
 //
-// An entry is the sum over its task's columns in ascending order, one fused multiply-add each of (left s) and right:
-// the same bits in every pass.
+// An entry is the sum over its task's columns in ascending order of (left s) times right: rounded twice each on the CPU,
+// one fused multiply-add each on a GPU, the same bits in every pass.
 #pragma once
 
 #include "kernels/common.h"
@@ -31,6 +31,11 @@ struct ProjectParams {
     const int64_t* sizes;  // (num_blocks,), adding up to k; cells is the sum of their squares
     int64_t num_blocks;
 };
+
+namespace cpu {
+template <typename Float>
+void project(const ProjectParams<Float>& p, int threads);
+}  // namespace cpu
 
 namespace cuda {
 constexpr int64_t kMostTasks = 128;   // of one projection

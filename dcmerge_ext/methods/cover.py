@@ -15,6 +15,7 @@ from torch import Tensor
 from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.products import gram_float64, wide_product
 from dcmerge_ext.svd import Components
 from dcmerge_ext.svd.dense import eigh, svd
 from dcmerge_ext.updates import Updates
@@ -33,21 +34,21 @@ class Side(NamedTuple):
     factor: Tensor
     """(..., m, K)"""
     mix: Tensor | None
-    """(..., K, k); None is the identity."""
+    """(..., K, k) in float64; None is the identity."""
     root: Tensor
     """(..., k, k): H"""
     values: Tensor
     """(..., k) singular values of U, descending, dropped ones 0."""
 
     def basis(self) -> Tensor:
-        return self.factor if self.mix is None else self.factor @ self.mix
+        return self.factor if self.mix is None else wide_product(self.factor, self.mix)
 
     def times_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
         """U~ times the block-diagonal matrix of ``blocks``, (..., m, k)."""
         inner = self.factor if self.mix is None else self.mix
         columns = torch.split(inner, [block.shape[-1] for block in blocks], dim=-1)
         product = torch.cat([c @ block for c, block in zip(columns, blocks, strict=True)], dim=-1)
-        return product if self.mix is None else self.factor @ product
+        return product if self.mix is None else wide_product(self.factor, product)
 
 
 class Cover(NamedTuple):
@@ -81,7 +82,8 @@ def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     """The cover of float32 LowRank updates of one rank, from the Gram matrices of their factors alone, in float64.
 
     With B = [B_1 .. B_T] and L_i L_i' = B_i' B_i, orthonormal bases are B_i L_i^-T, so components, cover and coordinates
-    all are k x k matrices, and the long factors take part in two products only: B'B and B times the result.
+    all are k x k matrices, and the long factors take part in two products only: B'B and B times the result. The k x k
+    work is small enough for the calls to cost as much as the arithmetic: both sides, of all tasks, go together.
     None where the factors are too ill conditioned for that (or are not all alike): decompose them one by one.
     """
     stored = {spec.rank for spec in updates.specs}
@@ -91,43 +93,41 @@ def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     tasks, rank, kept = len(loaded), loaded[0].rank, ranks[0]
     if not 0 < rank <= min(updates.shape[-2:]):
         return None
-    factors = [torch.cat([u.left for u in loaded], -1), torch.cat([u.right.mT for u in loaded], -1)]
-    left, right = (_Frame.of(factor.double(), tasks) for factor in factors)
-    if left is None or right is None:
+    factors = [torch.cat([u.left for u in loaded], -1), torch.cat([u.right for u in loaded], -2).mT]
+    grams = torch.stack([_gram(factor) for factor in factors])  # (2, ..., k, k), as everything below
+    L, failed = torch.linalg.cholesky_ex(_diagonal_blocks(grams, tasks, rank))
+    if not _sound(L.diagonal(dim1=-2, dim2=-1), _WORST_PIVOT) or failed.any():
         return None
-    u, S, vh = svd(left.L.mT @ right.L)  # (..., T, r, r)
+    u, S, vh = svd(L[0].mT @ L[1])  # (..., T, r, r)
     S = S[..., :kept]
-    if not bool((_WORST_PIVOT * S[..., :1] < S).all()):
+    if not _sound(S, _WORST_PIVOT):
         return None
-    sides = left.side(u[..., :kept]), right.side(vh.mT[..., :kept])
-    return Cover(sides[0], sides[1], list(S.unbind(-2))) if sides[0] and sides[1] else None
+    # U_i = B_i L_i^-T rotation_i = B_i frame_i
+    rotations = torch.stack([u[..., :kept], vh.mT[..., :kept]])
+    frames = torch.linalg.solve_triangular(L.mT, rotations, upper=True)
+    values, Z = eigh(_by_blocks(frames.mT, _by_blocks(frames.mT, grams).mT))  # of U'U
+    if not _sound(values, _WORST_EIGENVALUE):
+        return None
+    values = values.sqrt()
+    roots = (Z * values[..., None, :]) @ Z.mT
+    mixes = _by_blocks(frames, (Z / values[..., None, :]) @ Z.mT)
+    left, right = (Side(factors[i], mixes[i], roots[i], values[i].flip(-1)) for i in range(2))
+    return Cover(left, right, list(S.unbind(-2)))
 
 
-class _Frame(NamedTuple):
-    """The factors B = [B_1 .. B_T] of one side, their Gram matrix, and L_i with L_i L_i' = B_i' B_i."""
+def _sound(values: Tensor, worst: float) -> bool:
+    """Whether the smallest of (..., r) is above ``worst`` times the largest, throughout the batch. NaN is not."""
+    low, high = values.aminmax(dim=-1)
+    return bool((low > worst * high).all())
 
-    factor: Tensor
-    gram: Tensor
-    L: Tensor
 
-    @classmethod
-    def of(cls, factor: Tensor, tasks: int) -> _Frame | None:
-        gram = factor.mT @ factor
-        L, failed = torch.linalg.cholesky_ex(_diagonal_blocks(gram, tasks, gram.shape[-1] // tasks))
-        pivots = L.diagonal(dim1=-2, dim2=-1)
-        sound = not bool(failed.any()) and bool((pivots.amin(-1) > _WORST_PIVOT * pivots.amax(-1)).all())
-        return cls(factor, gram, L) if sound else None
-
-    def side(self, rotation: Tensor) -> Side | None:
-        """The cover side of the bases U_i = B_i L_i^-T rotation_i."""
-        frame = torch.linalg.solve_triangular(self.L.mT, rotation, upper=True)
-        values, Z = eigh(_by_blocks(frame.mT, _by_blocks(frame.mT, self.gram).mT))  # of U'U
-        if not bool((values[..., 0] > _WORST_EIGENVALUE * values[..., -1]).all()):
-            return None
-        values = values.sqrt()
-        root = (Z * values[..., None, :]) @ Z.mT
-        inverse = (Z / values[..., None, :]) @ Z.mT
-        return Side(self.factor, _by_blocks(frame, inverse), root, values.flip(-1))
+def _gram(factor: Tensor) -> Tensor:
+    """B'B of float32 (..., m, k), in float64."""
+    *leading, m, k = factor.shape
+    if leading:
+        return torch.stack([_gram(one) for one in factor.reshape(-1, m, k)]).reshape(*leading, k, k)
+    gram = gram_float64(factor.mT)
+    return gram.tril().add_(gram.tril(-1).mT)
 
 
 def _diagonal_blocks(gram: Tensor, tasks: int, rank: int) -> Tensor:

@@ -25,9 +25,6 @@ from dcmerge_ext.updates import Updates, UpdateSpec
 
 logger = logging.getLogger(__name__)
 
-_STACK_BYTES = 64 << 20
-"""Up to this size the T cores of a matrix are held together and merged in one call; above, one at a time."""
-
 _AUTHORS_MATRICES = r"text_projection"
 
 Rank = Annotated[int, Meta(ge=1)]
@@ -50,7 +47,7 @@ class DCMerge(Method, frozen=True):
     is formed. LowRank updates give a LowRank of rank k, exactly.
 
     Cost per m x n matrix: T truncated SVDs, the polar factors of m x k and n x k, 2 T k^2 max(r_i) flops for the M_i.
-    Memory: the singular vectors kept, and one k x k core at a time, whatever T (all T where they fit in 64 MB).
+    Memory: the singular vectors kept, one k x k core at a time, whatever T, and the T cores' diagonal blocks.
     Deviations from the authors' code, on input where its result is arbitrary: null components and rank-deficient bases
     add no made-up directions (partial isometry), and fewer rows than tasks gives the mean, with a warning, not zero.
     """
@@ -202,12 +199,13 @@ class DCMerge(Method, frozen=True):
         slots = [r for r in ranks if r]
         cover = self._cover(updates, ranks, ctx)
         live = torch.stack([(S > 0).sum(-1) for S in cover.spectra], dim=-1)  # (..., T)
-        cores = _Cores(cover.u.root, cover.v.root, self._smoothed(cover.spectra, updates.all_lowrank))
+        spectra = self._smoothed(cover.spectra, updates.all_lowrank)
         sizes = self._block_sizes(slots)
         if self.aggregate == "ties":
-            blocks = _ties_blocks(cores, sizes, self._counts(live, min(updates.shape[-2:])).clamp(max=sum(slots) ** 2))
+            counts = self._counts(live, min(updates.shape[-2:])).clamp(max=sum(slots) ** 2)
+            blocks = _ties_blocks(cover, spectra, slots, sizes, counts)
         else:
-            blocks = _sum_blocks(cores, sizes)
+            blocks = _sum_blocks(cover, spectra, sizes)
             if self.aggregate == "mean":
                 blocks = [block / ctx.num_tasks for block in blocks]
         ctx.facts.update(
@@ -238,6 +236,8 @@ class DCMerge(Method, frozen=True):
     def _smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
         kind = self.smoothing or ("average" if all_lowrank else "none")
         rho, tau = 5.0 if self.rho is None else self.rho, 1.0 if self.tau is None else self.tau
+        if len({S.shape[-1] for S in spectra}) == 1:  # all tasks at once: small operations cost their call
+            return list(smooth_energy(torch.stack(list(spectra)), kind, rho=rho, tau=tau).unbind())
         return [smooth_energy(S, kind, rho=rho, tau=tau) for S in spectra]
 
     def _counts(self, live: Tensor, q: int) -> Tensor:
@@ -294,71 +294,24 @@ class DCMerge(Method, frozen=True):
 dc_merge = register(DCMerge)
 
 
-class _Cores:
-    """The T cores M_i = H_u[:, I_i] diag(s_i) H_v[:, I_i]', computed on demand."""
-
-    def __init__(self, root_u: Tensor, root_v: Tensor, spectra: Sequence[Tensor]) -> None:
-        slots = [S.shape[-1] for S in spectra]
-        self.lefts = [u * S[..., None, :] for u, S in zip(torch.split(root_u, slots, dim=-1), spectra, strict=True)]
-        self.rights = [v.mT for v in torch.split(root_v, slots, dim=-1)]
-        self.nbytes = len(spectra) * root_u.numel() * root_u.element_size()
-
-    def __len__(self) -> int:
-        return len(self.lefts)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.lefts[i] @ self.rights[i]
-
-    def stack(self) -> Tensor:
-        """All cores, (..., T, k, k), each multiplied into its place."""
-        *leading, k, _ = self.lefts[0].shape
-        out = self.lefts[0].new_empty(*leading, len(self), k, k)
-        for i in range(len(self)):
-            torch.matmul(self.lefts[i], self.rights[i], out=out.select(-3, i))
-        return out
-
-
-def _diagonal_blocks(core: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Views of the diagonal blocks of (..., k, k)."""
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [core[..., end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
-def _ties_blocks(cores: _Cores, sizes: Sequence[int], counts: Tensor) -> list[Tensor]:
+def _ties_blocks(
+    cover: Cover, spectra: Sequence[Tensor], ranks: Sequence[int], sizes: Sequence[int], counts: Tensor
+) -> list[Tensor]:
     """Diagonal blocks of the trimmed, elected and merged core. ``counts``: (..., T) entries kept per core."""
-    if cores.nbytes <= _STACK_BYTES:
-        stack = cores.stack()
-        thresholds = _threshold(stack, counts)
-        return _diagonal_blocks(ops.elect(stack, thresholds, blocks=sizes), sizes)
-    # One k x k scratch at a time: a threshold needs all k^2 magnitudes, the merge only the diagonal blocks.
-    stacks: list[list[Tensor]] = [[] for _ in sizes]
-    limits = []
-    for i in range(len(cores)):
-        core = cores[i]
-        limits.append(_threshold(core, counts[..., i]))
-        for stacked, block in zip(stacks, _diagonal_blocks(core, sizes), strict=True):
-            stacked.append(block.clone(memory_format=torch.contiguous_format))
-        del core
-    thresholds = torch.stack(limits, dim=-1)
-    return [ops.elect(torch.stack(stacked, dim=-3), thresholds) for stacked in stacks]
+    blocks, thresholds, largest = ops.project(
+        cover.u.root, cover.v.root, torch.cat(list(spectra), dim=-1), ranks=ranks, counts=counts, sizes=sizes
+    )
+    round_off = largest * (2 * cover.u.root.shape[-1] ** 0.5 * torch.finfo(blocks.dtype).eps)  # must not vote
+    merged = ops.elect(blocks.unsqueeze(-2), torch.maximum(thresholds, round_off)).squeeze(-2)
+    cells = torch.split(merged, [size * size for size in sizes], dim=-1)
+    return [block.reshape(*block.shape[:-1], size, size) for block, size in zip(cells, sizes, strict=True)]
 
 
-def _threshold(core: Tensor, counts: Tensor) -> Tensor:
-    """The counts-th largest magnitude of each (..., k, k) core, and never round-off: that must not vote."""
-    magnitudes = core.flatten(-2)
-    round_off = ops.kth_magnitude(magnitudes, 1) * (2 * core.shape[-1] ** 0.5 * torch.finfo(core.dtype).eps)
-    return torch.maximum(ops.kth_magnitude(magnitudes, counts), round_off)
-
-
-def _sum_blocks(cores: _Cores, sizes: Sequence[int]) -> list[Tensor]:
-    total: list[Tensor] | None = None
-    for i in range(len(cores)):
-        blocks = _diagonal_blocks(cores[i], sizes)
-        total = (
-            [b.clone() for b in blocks] if total is None else [t.add_(b) for t, b in zip(total, blocks, strict=True)]
-        )
-    assert total is not None
-    return total
+def _sum_blocks(cover: Cover, spectra: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Diagonal blocks of the sum of all cores, H_u diag(s) H_v'."""
+    left = cover.u.root * torch.cat(list(spectra), dim=-1)[..., None, :]
+    rows = zip(torch.split(left, list(sizes), dim=-2), torch.split(cover.v.root, list(sizes), dim=-2), strict=True)
+    return [u @ v.mT for u, v in rows]
 
 
 def _basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:

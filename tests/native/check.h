@@ -73,5 +73,6 @@ void test_elect();
 void test_philox();
 void test_orthonormalize();
 void test_gram_apply();
+void test_project();
 
 }  // namespace dcmerge

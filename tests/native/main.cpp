@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
         {"philox", dcmerge::test_philox},
         {"orthonormalize", dcmerge::test_orthonormalize},
         {"gram_apply", dcmerge::test_gram_apply},
+        {"project", dcmerge::test_project},
     };
     for (const auto& test : tests)
         if (argc < 2 || std::strcmp(argv[1], test.name) == 0) test.run();
