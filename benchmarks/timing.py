@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -28,15 +29,17 @@ class Limits(NamedTuple):
     """After which no further round begins."""
     precision: float
     """Relative standard error of the median of the ratios that is small enough."""
+    shortest: float
+    """Seconds of one sample: a faster side is called so often in a row, and the mean counts."""
 
 
-FULL = Limits(least=7, most=41, seconds=25.0, precision=0.01)
-QUICK = Limits(least=2, most=2, seconds=10.0, precision=1.0)
+FULL = Limits(least=7, most=41, seconds=25.0, precision=0.01, shortest=0.05)
+QUICK = Limits(least=2, most=2, seconds=10.0, precision=1.0, shortest=0.0)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of every call, in the order they were made."""
+    """Seconds per call of every sample, in the order they were made."""
 
     seconds: list[float]
 
@@ -60,15 +63,18 @@ def stopwatch(call: Callable[[], Any]) -> float:
 
 
 def interleave(timers: Mapping[str, Callable[[], float]], limits: Limits) -> dict[str, Samples]:
-    """Rounds of one timed call of each side in turn, until the ratios to the first side are known well enough.
+    """Rounds of one sample of each side in turn, until the ratios to the first side are known well enough.
 
-    Interleaved, because the speed of a shared machine drifts: what slows one side down slows down its neighbour.
+    Interleaved, because the speed of a shared machine drifts: what slows one side down slows down its neighbour. A
+    short call is repeated within its sample, as in a merge of many layers: a single one would be timed with the caches
+    and the sleeping threads that half a second of the other side leaves behind.
     """
     taken: dict[str, list[float]] = {name: [] for name in timers}
+    calls = {name: max(1, math.ceil(limits.shortest / max(timer(), 1e-6))) for name, timer in timers.items()}
     started = time.perf_counter()
     while not _enough(list(taken.values()), time.perf_counter() - started, limits):
         for name, timer in timers.items():
-            taken[name].append(timer())
+            taken[name].append(statistics.fmean(timer() for _ in range(calls[name])))
     return {name: Samples(seconds) for name, seconds in taken.items()}
 
 

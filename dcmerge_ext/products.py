@@ -8,6 +8,8 @@ from torch import Tensor
 _PARTS = 4
 _CHUNK = 1 << 17
 """Elements converted to float64 at a time: 1 MiB, a second-level cache."""
+_LITTLE_CANCELS = 16
+"""Product of the operands' norms against that of the result, times sqrt(k) for factors that cancel nothing."""
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
@@ -38,14 +40,21 @@ def gram_float64(X: Tensor) -> Tensor:
 
 
 def wide_product(A: Tensor, B: Tensor) -> Tensor:
-    """A (..., m, k) @ B (..., k, n) for float64 B, in the dtype of A, computed in float64 in pieces that stay in cache."""
+    """A (..., m, k) @ B (..., k, n) for float64 B, in the dtype of A: float32 A as accurate as a float64 product, nearly.
+
+    In float32 where the norms show that little cancels (16 eps of the result's norm), which takes a third of the time;
+    otherwise in float64, in pieces that stay in cache. Each matrix of a batch decides for itself.
+    """
     if A.dtype == B.dtype:
         return A @ B
     *leading, m, k = A.shape
     n = B.shape[-1]
     out = A.new_empty(*leading, m, n)
-    step = max(64, _CHUNK // max(k, n, 1))
     for rows, right, place in zip(A.reshape(-1, m, k), B.reshape(-1, k, n), out.view(-1, m, n), strict=True):
+        torch.mm(rows, right.to(A.dtype), out=place)
+        if rows.norm() * right.norm() < _LITTLE_CANCELS * k**0.5 * place.norm():
+            continue
+        step = max(64, _CHUNK // max(k, n, 1))
         for begin in range(0, m, step):
             place[begin : begin + step] = rows[begin : begin + step].double() @ right
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.parallel import side_by_side
-from dcmerge_ext.products import gram_float64, wide_product
+from dcmerge_ext.products import wide_product
 from dcmerge_ext.svd import Components
 from dcmerge_ext.svd.dense import eigh, svd
 from dcmerge_ext.updates import Updates
@@ -123,11 +123,8 @@ def _sound(values: Tensor, worst: float) -> bool:
 
 def _gram(factor: Tensor) -> Tensor:
     """B'B of float32 (..., m, k), in float64."""
-    *leading, m, k = factor.shape
-    if leading:
-        return torch.stack([_gram(one) for one in factor.reshape(-1, m, k)]).reshape(*leading, k, k)
-    gram = gram_float64(factor.mT)
-    return gram.tril().add_(gram.tril(-1).mT)
+    wide = factor.double()
+    return wide.mT @ wide
 
 
 def _diagonal_blocks(gram: Tensor, tasks: int, rank: int) -> Tensor:
