@@ -99,7 +99,7 @@ _ITERATIONS = {"Newton-Schulz": newton_schulz, "QDWH": qdwh}
 
 
 def _iterated(X: Tensor, iterate: Callable[[Tensor, float], Tensor]) -> dcm.linalg.Polar:
-    found = by_iteration(X, 0.0, iterate)
+    found = by_iteration(X, 0.0, torch.finfo(torch.float32).eps, iterate)
     assert found is not None
     return dcm.linalg.Polar(found[0], found[1])
 

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from dcmerge_ext import reference
+from dcmerge_ext.reference import newton_schulz, smooth_energy, svd
 
+__all__ = ["newton_schulz", "smooth_energy", "svd"]  # torch does these well on a CPU
+
+prefers_products = False
 _LARGEST_CORE, _MOST_COLUMNS = 768, 64
 """Order k and columns per task up to which the fused projection beats BLAS products and one selection per core."""
 

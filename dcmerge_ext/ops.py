@@ -27,7 +27,8 @@ def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
 
     Args:
         x: (..., N) floating, N >= 1, finite, any strides. Half precision is selected in float32, exactly.
-        counts: int, or integer tensor (...), each in 1 .. N.
+        counts: int, or integer tensor (...), each in 1 .. N. Those of a tensor on a device are not checked, which would
+            wait for it, but clamped to that range.
     Returns:
         (...), in the dtype of ``x``.
     Raises:
@@ -38,11 +39,9 @@ def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
         raise ValueError(f"kth_magnitude: needs x (..., N) with N >= 1, got {tuple(x.shape)}")
     leading, length = x.shape[:-1], x.shape[-1]
     rows = _compute(x).reshape(-1, length).contiguous()
-    wanted = torch.as_tensor(counts, dtype=torch.int64, device="cpu").expand(leading).reshape(-1).contiguous()
-    if wanted.numel() and not 1 <= int(wanted.min()) <= int(wanted.max()) <= length:
-        raise ValueError(
-            f"kth_magnitude: counts must lie in 1 .. {length}, got {int(wanted.min())} .. {int(wanted.max())}"
-        )
+    wanted = torch.as_tensor(counts, dtype=torch.int64)
+    _require_counts("kth_magnitude", wanted, length)
+    wanted = wanted.to(x.device).expand(leading).reshape(-1).contiguous()
     thresholds: Tensor = for_device(x.device).kth_magnitude(rows, wanted)
     return thresholds.reshape(leading).to(x.dtype)
 
@@ -57,7 +56,7 @@ def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefi
 
     Args:
         x: float32 or float64, any shape.
-        out: (2**width,) int64 on the CPU, added to in place.
+        out: (2**width,) int64, added to in place; on the device of ``x``, or on the CPU, which waits for a device.
         shift: bits below the digit.   width: bits of the digit, 1 .. 16.   prefix: value of the bits above.
     Raises:
         ValueError: the digit lies outside the magnitude, or ``out`` has another size.   TypeError: another dtype.
@@ -67,8 +66,10 @@ def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefi
         raise TypeError(f"magnitude_histogram: needs float32 or float64, got {x.dtype}")
     if not (1 <= width <= 16 and shift >= 0 and shift + width <= bits):
         raise ValueError(f"magnitude_histogram: shift {shift} and width {width} leave the {bits} bits of the magnitude")
-    if out.shape != (1 << width,) or out.dtype != torch.int64 or out.device.type != "cpu" or not out.is_contiguous():
-        raise ValueError(f"magnitude_histogram: out must be a contiguous int64 CPU tensor of {1 << width} counts")
+    if out.shape != (1 << width,) or out.dtype != torch.int64 or not out.is_contiguous():
+        raise ValueError(f"magnitude_histogram: out must be a contiguous int64 tensor of {1 << width} counts")
+    if not out.is_cpu and out.device != x.device:
+        raise ValueError(f"magnitude_histogram: out must lie on the CPU or on {x.device}, got {out.device}")
     for_device(x.device).magnitude_histogram(x.contiguous(), out, shift, width, prefix)
 
 
@@ -129,7 +130,7 @@ def project(
     Args:
         left, right: (..., k, k), float32 or float64: (U'U)^(1/2) and (V'V)^(1/2).   s: (..., k), same dtype.
         ranks: columns I_i of each of the T tasks, one after the other, adding up to k.
-        counts: (..., T) int64: how many entries of each core trimming keeps, 1 .. k^2.
+        counts: (..., T) int64: how many entries of each core trimming keeps, 1 .. k^2, clamped on a device.
         sizes: of the diagonal blocks, adding up to k.
     Returns:
         blocks (..., T, sum of sizes squared): of each core the blocks, row-major, one after the other.
@@ -150,11 +151,10 @@ def project(
             raise ValueError(f"project: {name} must not be negative and add up to k = {k}, got {list(parts)}")
     if counts.shape != (*leading, tasks) or counts.dtype != torch.int64:
         raise ValueError(f"project: counts must be int64 {(*leading, tasks)}, got {counts.dtype} {tuple(counts.shape)}")
-    if counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= k * k:
-        raise ValueError(f"project: counts must lie in 1 .. {k * k}, got {int(counts.min())} .. {int(counts.max())}")
+    _require_counts("project", counts, k * k)
     batch = math.prod(leading)
     u, v = (x.detach().reshape(batch, k, k).contiguous() for x in (left, right))
-    values, wanted = s.detach().reshape(batch, k).contiguous(), counts.reshape(batch, tasks).contiguous()
+    values, wanted = s.detach().reshape(batch, k).contiguous(), counts.to(s.device).reshape(batch, tasks).contiguous()
     found = for_device(left.device).project(u, v, values, ranks, wanted, sizes)
     blocks, thresholds, largest = (x.reshape(*leading, *x.shape[1:]) for x in found)
     return blocks, thresholds, largest
@@ -241,6 +241,12 @@ def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:
         )
     back: Tensor = for_device(a.device).gram_apply(x, a, image)
     return back
+
+
+def _require_counts(name: str, counts: Tensor, most: int) -> None:
+    """Counts on a device are left to its kernels, which clamp them: to look would wait for it."""
+    if counts.is_cpu and counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= most:
+        raise ValueError(f"{name}: counts must lie in 1 .. {most}, got {int(counts.min())} .. {int(counts.max())}")
 
 
 def _compute(x: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+prefers_products = False
 
 
 def kth_magnitude(x: Tensor, counts: Tensor) -> Tensor:
     descending = x.abs().sort(dim=-1, descending=True).values
-    return descending.gather(-1, (counts - 1).to(x.device).unsqueeze(-1)).squeeze(-1)
+    return descending.gather(-1, (counts.clamp(1, x.shape[-1]) - 1).unsqueeze(-1)).squeeze(-1)
 
 
 def magnitude_histogram(x: Tensor, out: Tensor, shift: int, width: int, prefix: int) -> None:
@@ -66,6 +67,36 @@ def project(
             parts = (core[end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True))
             torch.cat([part.reshape(-1) for part in parts], out=blocks[matrix, task])
     return blocks, thresholds, largest
+
+
+def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U, S, Vh
+
+
+def newton_schulz(X: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """X <- X + X (a I + b G + c G^2), G = X'X, for each (a, b, c)."""
+    for a, b, c in coefficients:
+        gram = X.mT @ X
+        correction = b * gram if c == 0 else b * gram + c * (gram @ gram)
+        correction.diagonal(dim1=-2, dim2=-1).add_(a)
+        X = X + X @ correction
+    return X
+
+
+def smooth_energy(S: Tensor, kind: str, parameter: float) -> Tensor:
+    live = S > 0
+    count = live.sum(-1, keepdim=True).clamp(min=1)
+    energy = S.sum(-1, keepdim=True)
+    if kind == "linear":
+        last = torch.where(live, S, torch.inf).amin(-1, keepdim=True)
+        ratio = (S[..., :1] / last).clamp(max=parameter)
+        step = torch.arange(S.shape[-1], dtype=S.dtype, device=S.device) / (count - 1).clamp(min=1)
+        weight = torch.where(live, ratio + (1 - ratio) * step, 0)
+        total = weight.sum(-1, keepdim=True)
+        return energy * weight / torch.where(total > 0, total, 1)
+    mean = torch.where(live, energy / count, 0)
+    return mean if kind == "average" else parameter * S + (1 - parameter) * mean
 
 
 def rademacher(

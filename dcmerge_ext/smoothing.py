@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dcmerge_ext import reference
+from dcmerge_ext.backends import for_device
+
 Smoothing = Literal["none", "average", "linear", "interpolate"]
 
 
@@ -31,19 +34,10 @@ def smooth_energy(S: Tensor, kind: Smoothing = "average", *, rho: float = 5.0, t
         raise ValueError(f"smooth_energy: needs rho >= 1 and 0 <= tau <= 1, got rho={rho}, tau={tau}")
     if kind == "none" or S.shape[-1] == 0:
         return S
-    live = S > 0
-    count = live.sum(-1, keepdim=True).clamp(min=1)
-    energy = S.sum(-1, keepdim=True)
-    if kind == "linear":
-        last = torch.where(live, S, torch.inf).amin(-1, keepdim=True)
-        ratio = (S[..., :1] / last).clamp(max=rho)
-        step = torch.arange(S.shape[-1], dtype=S.dtype, device=S.device) / (count - 1).clamp(min=1)
-        weight = torch.where(live, ratio + (1 - ratio) * step, 0)
-        total = weight.sum(-1, keepdim=True)
-        return energy * weight / torch.where(total > 0, total, 1)
-    mean = torch.where(live, energy / count, 0)
-    if kind == "average":
-        return mean
-    if kind == "interpolate":
-        return tau * S + (1 - tau) * mean
-    raise ValueError(f"smooth_energy: kind must be none, average, linear or interpolate, got {kind!r}")
+    parameters = {"average": 0.0, "linear": rho, "interpolate": tau}
+    if kind not in parameters:
+        raise ValueError(f"smooth_energy: kind must be none, average, linear or interpolate, got {kind!r}")
+    compute = S if S.dtype == torch.float64 else S.float()
+    # a compiler fuses the few torch operations of the reference as well as any kernel
+    backend = reference if torch.compiler.is_compiling() else for_device(S.device)
+    return backend.smooth_energy(compute, kind, parameters[kind]).to(S.dtype)

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +107,8 @@ def works(command: list[str], probe: Path) -> tuple[bool, str]:
 def builds_of(suite: Suite, factory: pytest.TempPathFactory) -> Callable[[str], Build]:
     """A build by its name, made once. Skips where no compiler makes programs of that kind that run here."""
 
+    lock = threading.Lock()  # of the cache, which would make a build twice
+
     @functools.cache
     def made(name: str) -> Build | str:
         folder = factory.mktemp(name)
@@ -122,7 +125,8 @@ def builds_of(suite: Suite, factory: pytest.TempPathFactory) -> Callable[[str], 
         return "; ".join(reasons)
 
     def build_or_skip(name: str) -> Build:
-        build = made(name)
+        with lock:
+            build = made(name)
         if isinstance(build, str):
             pytest.skip(f"no {name} build: {build}")
         return build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import subprocess
@@ -15,6 +16,7 @@ import cases
 import pytest
 import torch
 
+import dcmerge_ext
 from dcmerge_ext import _native, backends, ops, reference, use_backend
 from dcmerge_ext.backends import available, for_device
 from dcmerge_ext.errors import BackendUnavailable
@@ -35,6 +37,9 @@ CALLS: dict[str, Callable[[], object]] = {
         STACK, torch.zeros(1 << 16, dtype=torch.int64), shift=15, width=16
     ),
     "elect": lambda: ops.elect(STACK),
+    "project": lambda: ops.project(
+        torch.eye(2), torch.eye(2), torch.ones(2), ranks=[1, 1], counts=torch.tensor([1, 1]), sizes=[1, 1]
+    ),
     "rademacher": lambda: ops.rademacher(2, 3, seed=0),
     "orthonormalize": lambda: ops.orthonormalize(ROWS),
     "gram_apply": lambda: ops.gram_apply(ROWS, ROWS, torch.empty(2, 2)),
@@ -140,7 +145,7 @@ def test_methods_run_on_the_chosen_backend(ran: list[tuple[str, str]]) -> None:
         dc_merge(updates)
         ties(updates)
     assert {backend for backend, _ in ran} == {"reference"}
-    assert {operation for _, operation in ran} == set(OPERATIONS)
+    assert {operation for _, operation in ran} == set(OPERATIONS) - {"kth_magnitude"}  # project selects by itself
 
 
 def test_the_choice_ends_with_its_block(ran: list[tuple[str, str]]) -> None:
@@ -171,7 +176,7 @@ def test_the_choice_holds_in_its_own_thread_only(ran: list[tuple[str, str]]) -> 
     ("name", "message"),
     [
         ("gpu", r"backend 'gpu' does not exist; known: reference, cpu, cuda"),
-        ("cuda", r"backend 'cuda' is unavailable: this version has no CUDA kernels"),
+        ("cuda", r"backend 'cuda' is unavailable: "),
     ],
 )
 def test_what_cannot_run_raises_on_entry(name: str, message: str) -> None:
@@ -188,10 +193,49 @@ def test_the_native_core_refuses_tensors_of_other_devices() -> None:
 
 def test_other_devices_run_plain_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BACKENDS_MODULE, "_warned", set())
-    with pytest.warns(RuntimeWarning, match="no native kernels for cuda tensors") as caught:
-        results = [for_device(torch.device("cuda", i)) for i in range(2)]
+    with pytest.warns(RuntimeWarning, match="no native kernels for xpu tensors") as caught:
+        results = [for_device(torch.device("xpu", i)) for i in range(2)]
     assert results == [reference, reference]
     assert len(caught) == 1
+
+
+class TestCuda:
+    @pytest.fixture
+    def without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A build without them, asked for the first time."""
+        monkeypatch.setitem(sys.modules, "dcmerge_ext._cuda", None)
+        monkeypatch.setattr(BACKENDS_MODULE, "_cuda", functools.cache(inspect.unwrap(BACKENDS_MODULE._cuda)))
+        monkeypatch.setattr(BACKENDS_MODULE, "_warned", set())
+
+    @pytest.mark.usefixtures("without_kernels")
+    def test_its_tensors_run_plain_torch_with_one_warning_where_kernels_are_absent(self) -> None:
+        with pytest.warns(RuntimeWarning, match=r"native cuda kernels are not available \(this build has no") as caught:
+            results = [for_device(torch.device("cuda", i)) for i in range(2)]
+        assert results == [reference, reference]
+        assert len(caught) == 1
+
+    @pytest.mark.usefixtures("without_kernels")
+    def test_asking_for_absent_kernels_by_name_says_why(self) -> None:
+        with pytest.raises(BackendUnavailable, match=r"this build has no CUDA kernels .*DCMERGE_CUDA=ON"):
+            use_backend("cuda").__enter__()
+
+    def test_without_a_device_it_is_listed_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernels = ModuleType("dcmerge_ext._cuda")
+        kernels.description = lambda: (_ for _ in ()).throw(RuntimeError("no CUDA device is visible"))  # type: ignore
+        monkeypatch.setitem(sys.modules, "dcmerge_ext._cuda", kernels)
+        monkeypatch.setattr(dcmerge_ext, "_cuda", kernels, raising=False)
+        monkeypatch.setattr(BACKENDS_MODULE, "_cuda", functools.cache(inspect.unwrap(BACKENDS_MODULE._cuda)))
+        assert backends()["cuda"] == "unavailable: no CUDA device is visible"
+        with pytest.raises(BackendUnavailable, match="backend 'cuda' is unavailable: no CUDA device is visible"):
+            use_backend("cuda").__enter__()
+
+    def test_the_compiled_kernels_import_without_a_driver(self) -> None:
+        kernels = pytest.importorskip("dcmerge_ext._cuda", reason="built without CUDA")
+        assert kernels.small_svd_limit(232448, 4) == 128
+        assert kernels.newton_schulz_limit(65536, 4) >= 64
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match=r"driver|device"):
+                kernels.description()
 
 
 @pytest.mark.usefixtures("without_native")
@@ -203,7 +247,7 @@ class TestWithoutTheNativeModule:
                 call(operation)
         assert ran == [("reference", operation) for operation in OPERATIONS]
         assert [w.category for w in caught] == [RuntimeWarning]
-        assert "the native CPU core is not available (No module named '_cpu'" in str(caught[0].message)
+        assert "the native cpu kernels are not available (No module named '_cpu'" in str(caught[0].message)
 
     def test_the_listing_says_why(self) -> None:
         assert backends()["cpu"] == "unavailable: No module named '_cpu'; build it with: pip install ."

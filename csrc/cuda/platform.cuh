@@ -7,6 +7,8 @@
 //   GPU_SHARED(float, tile, [32][33]);      for  __shared__ float tile[32][33];
 //   GPU_DYN_SHARED(float, scratch);         for  extern __shared__ float scratch[];
 //   launch("name", kernel, grid, block, shared bytes, stream, arguments...)     for  kernel<<<...>>>(arguments...)
+//
+// shared_bytes_per_block() is the most shared memory that a launch may ask for, static and dynamic together.
 #pragma once
 
 #include <cstddef>
@@ -52,6 +54,14 @@ void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim
 
 inline void fill_zero(const char* operation, void* out, size_t bytes, Stream stream) {
     check(cudaMemsetAsync(out, 0, bytes, static_cast<cudaStream_t>(stream)), operation);
+}
+
+inline int64_t shared_bytes_per_block() {
+    int device = 0;
+    int bytes = 0;
+    check(cudaGetDevice(&device), "shared_bytes_per_block");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared_bytes_per_block");
+    return bytes;
 }
 
 }  // namespace dcmerge::cuda

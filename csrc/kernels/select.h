@@ -43,6 +43,7 @@ void magnitude_histogram(const MagnitudeHistogramParams<Float>& p, int threads);
 
 namespace cuda {
 // All pointers are device memory. The selection finishes on the device: nothing is copied back, nothing waits.
+// counts outside 1 .. length are held to it: the host cannot read them. workspace: 8-byte aligned, written first.
 int64_t kth_magnitude_workspace(int64_t rows, int64_t length, int itemsize);  // bytes
 template <typename Float>
 void kth_magnitude(const KthMagnitudeParams<Float>& p, void* workspace, Stream stream);

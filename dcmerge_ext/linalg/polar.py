@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dcmerge_ext.backends import prefers_products
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.linalg.routes import by_eigenvectors, by_iteration, by_svd
 from dcmerge_ext.parallel import side_by_side
@@ -69,7 +70,7 @@ def polar_with_values(
         return _one(X, tolerance, round_off)
     matrices = X.reshape(-1, m, n).unbind()
     found = side_by_side(
-        lambda matrix: _one(matrix, tolerance, round_off), matrices, at_most=None if X.is_cpu else 1, each=1
+        lambda matrix: _one(matrix, tolerance, round_off), matrices, at_most=1 if prefers_products(X) else None, each=1
     )
     Q, H, S = (torch.stack(parts) for parts in zip(*found, strict=True))
     return Q.reshape(X.shape), H.reshape(*leading, n, n), S.reshape(*leading, -1)
@@ -83,7 +84,11 @@ def _one(X: Tensor, tolerance: float, round_off: float) -> tuple[Tensor, Tensor,
     try:
         found = None
         if m >= n:
-            found = by_eigenvectors(X, tolerance, round_off) if X.is_cpu else by_iteration(X, tolerance)
+            found = (
+                by_iteration(X, tolerance, round_off)
+                if prefers_products(X)
+                else by_eigenvectors(X, tolerance, round_off)
+            )
         return found or by_svd(X, tolerance)
     except ConvergenceError as error:
         raise ConvergenceError(f"polar factor of a {m} x {n} matrix failed: {error}") from error

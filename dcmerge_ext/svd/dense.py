@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcmerge_ext.backends import for_device
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.products import gram_float64
 from dcmerge_ext.svd.block import restore_orthonormality
@@ -17,7 +18,7 @@ def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         V, S, Uh = svd(A.mT)
         return Uh.mT, S, V.mT
     try:
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        U, S, Vh = for_device(A.device).svd(A)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ConvergenceError(str(error)) from error
     if not bool(S[..., :1].isfinite().all()):

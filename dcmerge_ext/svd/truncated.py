@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dcmerge_ext.backends import prefers_products
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.parallel import side_by_side
@@ -90,7 +91,7 @@ def decompose(
         with _naming(f"matrix {index} of a batch of {m} x {n} matrices"):
             return _one(matrices[index], rank, accuracy, tol, start)
 
-    found = side_by_side(work, range(len(matrices)), at_most=None if A.is_cpu else 1, each=1)
+    found = side_by_side(work, range(len(matrices)), at_most=1 if prefers_products(A) else None, each=1)
     return _stack([components for components, _ in found], leading, A, rank), [evidence for _, evidence in found]
 
 

@@ -1,13 +1,11 @@
-// bind.cpp - every binding of the native core. Pointers come as integers from dcmerge_ext/_native.py, the only caller;
+// bind_cpu.cpp - every binding of the CPU core. Pointers come as integers from dcmerge_ext/_native.py, the only caller;
 // sizes are counts of elements. The GIL is released while a kernel runs.
 
-#include <pybind11/pybind11.h>
-
-#include <string>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "bind.h"
 #include "kernels/elect.h"
 #include "kernels/gram_apply.h"
 #include "kernels/orthonormalize.h"
@@ -15,27 +13,8 @@
 #include "kernels/project.h"
 #include "kernels/select.h"
 
-namespace py = pybind11;
-
 namespace dcmerge {
 namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// Calls f with a zero of the element type that `itemsize` names: 4 float, 8 double.
-template <typename F>
-void with_float(int itemsize, F&& f) {
-    if (itemsize == 4) {
-        f(float{});
-    } else if (itemsize == 8) {
-        f(double{});
-    } else {
-        throw std::invalid_argument("itemsize must be 4 or 8");
-    }
-}
 
 void bind_kth_magnitude(uintptr_t x, uintptr_t counts, uintptr_t out, int64_t rows, int64_t length, int itemsize,
                         int threads) {
