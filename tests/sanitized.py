@@ -66,7 +66,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
 
 

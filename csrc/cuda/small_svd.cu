@@ -108,7 +108,7 @@ __device__ __forceinline__ void triangularize(Float* a, Float* v, Float* line, i
     const int row = thread < order ? thread : thread - order;
     for (int k = 0; k + 1 < order; ++k) {
         if (thread >= k && thread < order) line[thread] = a[thread * stride + k];
-        __syncthreads();
+        __syncthreads();  // row k is copied
         Float* x = thread < order ? v + row : a + row;
         const bool below = thread < order || (row > k && row < order);
         Float square = 0;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void triangularize(Float* a, Float* v, Float* line, i
                 for (int c = k; c < order; ++c) x[c * stride] = c == k ? end : Float(0);
             }
         }
-        __syncthreads();
+        __syncthreads();  // row k + 1 is final
     }
 }
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kRows * 32, 16 / kRows) small_svd_kernel(Small
     }
     const int shift = *exponent == kNoExponent ? 0 : *exponent;
     for (int i = thread; i < order * order; i += threads) a[i % order * stride + i / order] = std::ldexp(in[i], -shift);
-    __syncthreads();
+    __syncthreads();  // A is complete
     triangularize(a, v, norm, order, thread);
 
     // The circle method: column `last` stays, the others move on by one each round. With an odd order `last` is no
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kRows * 32, 16 / kRows) small_svd_kernel(Small
             const int second = pair == 0 ? round : (round - pair + last) % last;
             const bool active = first < order && 2 * pair <= last;
             mine |= orthogonalize<Float, kRows>(a, v, first, second, active, order, lane, tolerance);
-            __syncthreads();
+            __syncthreads();  // columns meet others
         }
         rotated = __syncthreads_or(mine) != 0;
     }
@@ -204,14 +204,14 @@ __global__ void __launch_bounds__(kRows * 32, 16 / kRows) small_svd_kernel(Small
         square = lane_sum<kLanes>(square);
         if (column < order && lane == 0) norm[column] = is_null(square) ? Float(0) : std::sqrt(square);
     }
-    __syncthreads();
+    __syncthreads();  // all norms are known
     for (int column = thread; column < order; column += threads) {
         int rank = 0;
         for (int other = 0; other < order; ++other)
             rank += norm[other] > norm[column] || (norm[other] == norm[column] && other < column);
         source[rank] = column;
     }
-    __syncthreads();
+    __syncthreads();  // all ranks are known
     for (int k = thread; k < order; k += threads) s[k] = std::ldexp(norm[source[k]], shift);
     for (int i = thread; i < order * order; i += threads) {
         const int column = source[i % order];

@@ -22,8 +22,8 @@ namespace dcmerge::cuda::host {
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMostThreads = 1024;  // of a block
-constexpr unsigned kFiberSets =
-    kThreadSanitizer ? 3 : 1;  // 3: neighbours of grids of even width differ in all directions
+// 3: where the width of a grid is a power of two, neighbours in every direction differ.
+constexpr unsigned kFiberSets = kThreadSanitizer ? 3 : 1;
 
 // Lanes that meet in a warp-wide call, found by their mask. Two generations: lanes of the last meeting may still read
 // while the next one gathers.
