@@ -55,6 +55,8 @@ class Bug(NamedTuple):
     wrong: str
     report: str
     """part of what the failing program prints"""
+    test: str = ""
+    """that must fail; empty: the one named like the first source that the bug reaches"""
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -149,7 +151,7 @@ def includes(file: Path, suite: Suite) -> set[Path]:
 
 
 def planted(bug: Bug, build: Build, folder: Path) -> tuple[Path, str]:
-    """A program with the bug, and the test that must fail: named like the first source that the bug reaches."""
+    """A program with the bug, and the test that must fail."""
     suite = build.suite
     file = next(ROOT / name / bug.file for name in suite.folders if (ROOT / name / bug.file).exists())
     text = file.read_text()
@@ -159,4 +161,4 @@ def planted(bug: Bug, build: Build, folder: Path) -> tuple[Path, str]:
     (folder / file.relative_to(ROOT)).write_text(text.replace(bug.right, bug.wrong))
     affected = [source for source in suite.sources if file in includes(source, suite)]
     objects = build.objects | compiled(build.command, suite, affected, folder, root=folder)
-    return linked(build.command, objects, folder), affected[0].stem.removesuffix("_test")
+    return linked(build.command, objects, folder), bug.test or affected[0].stem.removesuffix("_test")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+from cuda_bugs import OF_KERNELS
 from sanitized import OVERFLOW, RACE, ROOT, Bug, Build, Suite, builds_of, planted, run
 
 SUITE = Suite(
@@ -31,10 +32,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Build]:
     return builds_of(SUITE, tmp_path_factory)
 
 
-# Builds, and how they are run: blocks and threads in several orders, the shared memory of several architectures. Which
-# races ThreadSanitizer sees depends little on the order, and it is slow: two orders.
+# Builds, and how they are run: blocks and threads in several orders, the shared memory of several architectures.
 CLEAN = {
     "thread forward": ("thread", {"DCMERGE_HOST_ORDER": "forward"}),
+    "thread reverse": ("thread", {"DCMERGE_HOST_ORDER": "reverse"}),
     "thread random": ("thread", {"DCMERGE_HOST_ORDER": "random"}),
     "address forward": ("address", {"DCMERGE_HOST_ORDER": "forward"}),
     "address reverse": ("address", {"DCMERGE_HOST_ORDER": "reverse"}),
@@ -216,9 +217,7 @@ OF_SAMPLES = {
 }
 
 # Bugs in the kernels, which their own tests must notice.
-OF_KERNELS: dict[str, Bug] = {}
-
-BUGS = OF_SAMPLES | OF_KERNELS
+BUGS = OF_SAMPLES | {f"{bug.file} {i}": bug for i, bug in enumerate(OF_KERNELS)}
 
 
 @pytest.mark.parametrize("name", BUGS)

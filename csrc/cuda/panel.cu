@@ -10,16 +10,15 @@
 //          One line travels through shared memory per step, in two buffers that take turns: one barrier per step. Rows
 //          are scaled by d^-1/2 at the end. Rows and columns beyond the order are zero and stay zero.
 // Traffic  12 n^2 bytes from and to memory, n^3 / 3 multiply-adds, 1.5 KiB of shared memory. The chain of n steps, each
-//          a barrier, a reciprocal and two multiply-adds, bounds it: about 10 us for one matrix of order 64, and several
-//          blocks of 256 threads share a multiprocessor.
+//          a barrier, a reciprocal and two multiply-adds, bounds it: about 10 us for one matrix of order 64, and
+//          several blocks of 256 threads share a multiprocessor.
 // Order    element (i, j) subtracts its products in ascending k.
-
-#include "kernels/panel.h"
 
 #include <cfloat>
 #include <cmath>
 
 #include "cuda/platform.cuh"
+#include "kernels/panel.h"
 
 namespace dcmerge::cuda {
 namespace {

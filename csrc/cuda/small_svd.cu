@@ -4,19 +4,18 @@
 //          another; eight lanes take a pair and keep its two columns of A in registers between the inner products and
 //          the rotation. Columns lie an odd multiple of eight apart: the four pairs of a warp, neighbours in the
 //          tournament, are in different banks.
-// Traffic  16 l^2 bytes of float from and to memory. On chip a pair moves 4 l elements of A and 4 l of V for 18 l flops,
-//          a sweep 4 l^3 elements for 9 l^3 flops: the bandwidth of shared memory bounds it, about 20 us of one
-//          multiprocessor per sweep at order 64 in float, 6 to 10 sweeps. A sweep that rotates nothing, the last, reads
-//          A only.
-// Order    each lane adds every eighth product, then the eight lanes add up in a butterfly. The pairs of a round share
-//          no column: the result does not depend on which is first.
-
-#include "kernels/small_svd.h"
+// Traffic  3 l^2 elements from and to memory. On chip a pair reads and writes 4 l elements of A and 4 l of V for 18 l
+//          flops, a sweep 4 l^3 elements for 9 l^3 flops: the bandwidth of shared memory bounds it, about 20 us of one
+//          multiprocessor per sweep at order 64 in float; 6 to 11 sweeps. The last, which rotates nothing, reads A
+//          only: l^3 elements. The triangle costs 10/3 l^3 flops and 5/2 l^3 elements, a chain of 2 l barriers.
+// Order    reflections: ascending index. Rotations: each lane adds every eighth product, then the eight lanes add up in
+//          a butterfly. The pairs of a round share no column: the result does not depend on which is first.
 
 #include <cmath>
 #include <limits>
 
 #include "cuda/lanes.cuh"
+#include "kernels/small_svd.h"
 
 namespace dcmerge::cuda {
 namespace {
@@ -78,12 +77,14 @@ __device__ __forceinline__ bool orthogonalize(Float* a, Float* v, int first, int
     xx = lane_sum<kLanes>(xx);
     yy = lane_sum<kLanes>(yy);
     xy = lane_sum<kLanes>(xy);
-    if (!active || is_null(xx) || is_null(yy) || std::fabs(xy) <= tolerance * std::sqrt(xx) * std::sqrt(yy)) return false;
+    if (!active || is_null(xx) || is_null(yy) || std::fabs(xy) <= tolerance * std::sqrt(xx) * std::sqrt(yy))
+        return false;
 
     const Float zeta = (yy - xx) / (2 * xy);
     const Float size = std::fabs(zeta);
     constexpr Float kSteep = sizeof(Float) == 4 ? Float(1 << 14) : Float(1 << 29);  // 1 + zeta^2 rounds to zeta^2
-    const Float tangent = std::copysign(size > kSteep ? 1 / (2 * size) : 1 / (size + std::sqrt(1 + size * size)), zeta);
+    const Float sum = size > kSteep ? 2 * size : size + std::sqrt(1 + size * size);
+    const Float tangent = std::copysign(1 / sum, zeta);
     const Float cosine = 1 / std::sqrt(1 + tangent * tangent);
     const Float sine = tangent * cosine;
     const Float half_tangent = sine / (1 + cosine);
@@ -99,9 +100,8 @@ __device__ __forceinline__ bool orthogonalize(Float* a, Float* v, int first, int
     return true;
 }
 
-// A <- A H, V <- V H with reflections H until A is lower triangular: Jacobi rotations then converge in 6 to 11 sweeps
-// where values fall steeply or are null, instead of 15 to 31 (Drmac and Veselic, SIAM J. Matrix Anal. Appl. 2008). A
-// thread takes a row of A or of V. `line` holds n elements.
+// A <- A H, V <- V H with reflections H until A is lower triangular: where values fall steeply or are null, 15 to 31
+// sweeps become 6 to 11. A thread takes a row of A or of V. `line` holds a row.
 template <typename Float>
 __device__ __forceinline__ void triangularize(Float* a, Float* v, Float* line, int order, int thread) {
     const int stride = column_stride(order);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kRows * 32, 16 / kRows) small_svd_kernel(Small
     }
     const int shift = *exponent == kNoExponent ? 0 : *exponent;
     for (int i = thread; i < order * order; i += threads) a[i % order * stride + i / order] = std::ldexp(in[i], -shift);
-    __syncthreads();  // A is complete
+    __syncthreads();
     triangularize(a, v, norm, order, thread);
 
     // The circle method: column `last` stays, the others move on by one each round. With an odd order `last` is no

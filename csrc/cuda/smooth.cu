@@ -6,11 +6,10 @@
 // Order    every lane adds its values in ascending order, then the lanes add up in a butterfly; all arithmetic is in
 //          double and rounded once.
 
-#include "kernels/smooth.h"
-
 #include <cmath>
 
 #include "cuda/lanes.cuh"
+#include "kernels/smooth.h"
 
 namespace dcmerge::cuda {
 namespace {

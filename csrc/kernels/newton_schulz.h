@@ -24,9 +24,14 @@ struct NewtonSchulzParams {
 namespace cuda {
 constexpr int64_t kLargestNewtonSchulz = 128;
 constexpr int64_t kMostSteps = 48;
-// Largest order whose working set fits in `shared_bytes` of on-chip memory per block.
+// Largest order whose working set, X and G, fits in `shared_bytes` of on-chip memory per block:
+//
+//            sm_75  sm_80  sm_90, sm_100  sm_120
+//   float       88    128            128     112
+//   double      64    102            120      78
 int64_t newton_schulz_limit(int64_t shared_bytes, int itemsize);
-// x and out are device memory; coefficients host memory, read before the call returns.
+// x and out are device memory; coefficients host memory, read before the call returns. Orders above the device's limit
+// are refused.
 template <typename Float>
 void newton_schulz(const NewtonSchulzParams<Float>& p, Stream stream);
 }  // namespace cuda

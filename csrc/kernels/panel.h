@@ -2,7 +2,8 @@
 //
 //   G = L L',   out = L^-1,   so that out Y has orthonormal rows where G = Y Y'
 //
-// in double, whatever the panel's own type: its condition is squared in G.
+// in double, whatever the panel's own type: its condition is squared in G. Not positive definite is a matrix with a
+// squared pivot that is not a positive normal number: one that underflows, overflows or is NaN counts too.
 #pragma once
 
 #include "kernels/common.h"

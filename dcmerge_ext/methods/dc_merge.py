@@ -328,7 +328,7 @@ def _basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
 def _zero(updates: Updates) -> Update:
     """Of no components, or of an empty batch."""
     if not updates.all_lowrank:
-        return torch.zeros(updates.shape, dtype=updates.dtype)
+        return torch.zeros(updates.shape, dtype=updates.dtype, device=updates[0].device)
     *leading, m, n = updates.shape
-    left = torch.zeros(*leading, m, 0, dtype=updates.dtype)
-    return LowRank(left, torch.zeros(*leading, 0, n, dtype=updates.dtype))
+    left = torch.zeros(*leading, m, 0, dtype=updates.dtype, device=updates[0].device)
+    return LowRank(left, left.new_zeros(*leading, 0, n))

@@ -18,7 +18,7 @@
 //                               sm_120: 101376
 //
 // Stricter than CUDA: no thread may return before a barrier of its block, and no mask may name lanes that returned or
-// that the block does not have. Not modelled: blocks further apart than kFiberSets are ordered; memory that is weaker
+// that the block does not have. Not modelled: blocks that run kFiberSets apart are ordered; memory that is weaker
 // than sequentially consistent; streams (a launch has run when it returns); __launch_bounds__, registers and spills;
 // spinning (hangs); contraction to fused multiply-adds and fast-math; bank conflicts and every other cost.
 #pragma once

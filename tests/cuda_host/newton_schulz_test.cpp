@@ -96,8 +96,7 @@ void not_finite() {
     std::vector<Float> x;
     for (uint64_t b = 0; b < 3; ++b) append_matrix(x, order, 0.5L, b);
     std::vector<double> coefficients;
-    for (int64_t step = 0; step < cuda::kMostSteps; ++step)
-        coefficients.insert(coefficients.end(), {0.5, -0.5, 0.0});
+    for (int64_t step = 0; step < cuda::kMostSteps; ++step) coefficients.insert(coefficients.end(), {0.5, -0.5, 0.0});
     const std::vector<Float> right = iterate_on_gpu(x, 3, order, coefficients);
     x[36 + 7] = std::numeric_limits<Float>::quiet_NaN();
     const std::vector<Float> found = iterate_on_gpu(x, 3, order, coefficients);

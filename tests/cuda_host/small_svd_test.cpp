@@ -164,8 +164,7 @@ void scales() {
     for (const Float factor : {Float(1e30), Float(1e-30)}) {
         std::vector<Float> scaled = a;
         for (Float& value : scaled) value *= factor;
-        check_matrix(scaled, svd_on_gpu(scaled, 1, order), order, 0,
-                     jacobi_values(matrix_of(scaled, order, 0), order));
+        check_matrix(scaled, svd_on_gpu(scaled, 1, order), order, 0, jacobi_values(matrix_of(scaled, order, 0), order));
     }
     const Float smallest = std::numeric_limits<Float>::denorm_min();
     const Svds<Float> tiny = svd_on_gpu(std::vector<Float>{0, 3 * smallest, -4 * smallest, 0}, 1, 2);
@@ -181,8 +180,8 @@ template <typename Float>
 void special_matrices() {
     for (const int64_t order : {1, 2, 3, 5, 33}) {
         const auto size = static_cast<size_t>(order * order);
-        std::vector<Float> a(4 * size);                                           // zeros
-        std::fill_n(a.begin() + static_cast<int64_t>(size), size, Float(1));      // ones
+        std::vector<Float> a(4 * size);                                       // zeros
+        std::fill_n(a.begin() + static_cast<int64_t>(size), size, Float(1));  // ones
         for (int64_t i = 0; i < order; ++i) {
             a[2 * size + static_cast<size_t>(i * order + (i + 1) % order)] = -2;  // a permutation
             a[3 * size + static_cast<size_t>(i * order + order - 1)] = 5;         // one column
