@@ -7,8 +7,8 @@
 // magnitudes of all k^2 entries of each M_i, merging only those inside the diagonal blocks. So the entries are
 // computed, counted and dropped, once per digit of the selection (see select.h), and only the blocks are written.
 //
-// An entry is the sum over its task's columns in ascending order of (left s) times right: rounded twice each on the CPU,
-// one fused multiply-add each on a GPU, the same bits in every pass.
+// An entry is the sum over its task's columns in ascending order of (left s) times right: rounded twice each on the
+// CPU, one fused multiply-add each on a GPU, the same bits in every pass.
 #pragma once
 
 #include "kernels/common.h"
