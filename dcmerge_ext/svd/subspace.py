@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dcmerge_ext.svd.block import orthonormalize
-from dcmerge_ext.svd.components import Components, Evidence, null_tolerance, truncate
-from dcmerge_ext.svd.dense import svd
+from dcmerge_ext.svd.components import Components, Evidence
+from dcmerge_ext.svd.dense import gram, lapack
 from dcmerge_ext.svd.start import Start
 
 OVERSAMPLING = 16
@@ -20,12 +20,12 @@ def subspace_iteration(A: Tensor, rank: int, start: Start) -> tuple[Components, 
     if m < n:
         (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start)
         return Components(Uh.mT, S, V.mT), evidence
-    basis = orthonormalize(start.rows(rank + OVERSAMPLING, n, A))  # rows
+    basis = start.rows(rank + OVERSAMPLING, n, A)  # random signs are independent enough for a first step
     for _ in range(_POWER_STEPS):
         basis = orthonormalize((basis @ A.mT) @ A)
     image = orthonormalize(basis @ A.mT)
-    u, S, Vh = svd(image @ A)
-    found = truncate(image.mT @ u, S, Vh, rank, null_tolerance(m, n, A.dtype))
+    (u, S, Vh), _ = (gram if A.dtype == torch.float32 else lapack)(image @ A, rank)
+    found = Components(image.mT @ u, S, Vh)
     total = float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
     captured = float((found.S.double() ** 2).sum()) / total if total else 1.0
     return found, Evidence("subspace", rank + OVERSAMPLING, captured=captured)
