@@ -40,7 +40,7 @@ def main() -> None:
         merged = {}
         for name in ("exact", "fast"):
             out = Path(folder, name)
-            dcm.merge_checkpoints(args.demo / "base", tasks, out, "dc_merge", 1.0, options={"accuracy": name})
+            dcm.merge_checkpoints(args.demo / "base", tasks, out, "dc_merge", 1.0, accuracy=name)
             merged[name] = load_model(out).state_dict()
     moved, apart = (
         sum(float((merged["exact"][name] - other[name]).double().square().sum()) for name in start) ** 0.5

@@ -79,7 +79,8 @@ def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors |
     if count:
         P, small, Y = _directions(X, Z[:, :count], sound)
         P *= small > tolerance * S[-1]  # round-off must not bend its neighbours
-        P -= sound @ (sound.mT @ P)  # once more: for float64 input nothing was wider
+        if X.dtype == torch.float64:  # nothing was wider
+            P -= sound @ (sound.mT @ P)
         _correct(P, count)
         S[:count] = small
         Z[:, :count] = Z[:, :count] @ Y
