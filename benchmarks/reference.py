@@ -98,12 +98,17 @@ def thresholds(cores: Tensor, count: int) -> Tensor:
 
 def elect(cores: Tensor, limits: Tensor, block: int) -> Tensor:
     """Trim, elect a sign, average what agrees with it, and keep the diagonal blocks. (T, k, k), (T,) -> (k, k)."""
-    trimmed = cores * (cores.abs() >= limits[:, None, None])
-    total = trimmed.sum(0)
-    agree = trimmed.sign() == total.sign()
-    merged = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
-    merged = torch.where(total == 0, 0, merged)
+    merged = disjoint_mean(cores, limits)
     mask = torch.zeros_like(merged)
     for i in range(len(cores)):
         mask[i * block : (i + 1) * block, i * block : (i + 1) * block] = 1
     return merged * mask
+
+
+def disjoint_mean(cores: Tensor, limits: Tensor) -> Tensor:
+    """Trim, elect a sign, average what agrees with it. (T, k, k), (T,) -> (k, k)."""
+    trimmed = cores * (cores.abs() >= limits[:, None, None])
+    total = trimmed.sum(0)
+    agree = trimmed.sign() == total.sign()
+    merged = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+    return torch.where(total == 0, 0, merged)

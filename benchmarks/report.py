@@ -52,11 +52,11 @@ def table(rows: Sequence[Row]) -> Table:
         found.add_row(
             row.case.name,
             "dcmerge_ext",
-            row.status.upper() if row.ours is None else _time(row.ours),
+            row.status.upper() if row.ours is None else duration(row.ours),
             "",
             _targets(row),
             "" if row.check is None else f"{row.check.error:.1e} ({row.check.bound:.0e})",
-            _details(row.check),
+            details(row.check),
             "" if row.fraction is None else f"{row.fraction:.0%} {row.bound_by}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB",
         )
@@ -64,11 +64,11 @@ def table(rows: Sequence[Row]) -> Table:
             found.add_row(
                 "",
                 rival.rival.name + (f": {rival.setting}" if rival.setting else ""),
-                "not timed" if rival.samples is None else _time(rival.samples),
+                "not timed" if rival.samples is None else duration(rival.samples),
                 "" if rival.ratio is None else f"{rival.ratio:.2f}",
                 "",
                 "" if rival.check is None else f"{rival.check.error:.1e}",
-                _details(rival.check),
+                details(rival.check),
             )
     return found
 
@@ -83,7 +83,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _time(samples: Samples) -> str:
+def duration(samples: Samples) -> str:
     unit, factor = ("s", 1.0) if samples.median >= 1 else ("ms", 1e3)
     low, middle, high = (f"{factor * x:.3g}" for x in (samples.low, samples.median, samples.high))
     return f"{middle} {unit} ({low} - {high})"
@@ -94,7 +94,7 @@ def _targets(row: Row) -> str:
     return f"{numbers}: {row.verdict}" if row.verdict else numbers
 
 
-def _details(check: Check | None) -> str:
+def details(check: Check | None) -> str:
     return "" if check is None else ", ".join(f"{name} {value:.4g}" for name, value in check.details.items())
 
 
@@ -105,8 +105,20 @@ def write(out: Path, rows: Sequence[Row], rates: Rates, *, quick: bool) -> None:
     """``results.json`` and ``table.txt``."""
     out.mkdir(parents=True, exist_ok=True)
     values = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
         "quick": quick,
+        "rates": rates._asdict(),
+        "rows": [_as_json(row) for row in rows],
+    }
+    (out / "results.json").write_text(json.dumps(values, indent=1) + "\n")
+    warning = ["QUICK: small sizes, two rounds; no time below means anything"] if quick else []
+    (out / "table.txt").write_text(as_text(heading(rates), *warning, table(rows), *notes(rows)))
+
+
+def environment() -> dict[str, Any]:
+    """When, with what, and where."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "dcmerge_ext": dcmerge_ext.__version__,
             "torch": torch.__version__,
@@ -114,22 +126,14 @@ def write(out: Path, rows: Sequence[Row], rates: Rates, *, quick: bool) -> None:
         },
         "cpu": cpu_model(),
         "backends": dcmerge_ext.backends(),
-        "rates": rates._asdict(),
-        "rows": [_as_json(row) for row in rows],
     }
-    (out / "results.json").write_text(json.dumps(values, indent=1) + "\n")
-    (out / "table.txt").write_text(_text(rows, rates, quick))
 
 
-def _text(rows: Sequence[Row], rates: Rates, quick: bool) -> str:
+def as_text(*parts: str | Table) -> str:
     text = io.StringIO()
     console = Console(file=text, width=_WIDTH, markup=False, highlight=False, soft_wrap=True)
-    console.print(heading(rates))
-    if quick:
-        console.print("QUICK: small sizes, two rounds; no time below means anything")
-    console.print(table(rows))
-    for note in notes(rows):
-        console.print(note)
+    for part in parts:
+        console.print(part)
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 

@@ -3,6 +3,7 @@
     python benchmarks/run.py                        # everything; leave the machine alone meanwhile
     python benchmarks/run.py --case 'svd/*' --list
     python benchmarks/run.py --quick                # every line of code in seconds, no claim about time
+    python -m benchmarks --device cuda              # the CUDA kernels; --predict needs no GPU
 
 Exit status: 0; 1 an answer is wrong; 2 the command line or the environment is. README.md says how it measures.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # its generators are shared
 
+import device
 import plot
 import report
 from case import Case, Row, Setting, measure
@@ -40,8 +42,16 @@ def main() -> int:
         "--cache", type=Path, help="keep inputs that take long to make here; default: a temporary folder"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--predict", action="store_true", help="with --device cuda: what an H100 takes at least")
     args = parser.parse_args()
 
+    if args.device == "cuda":
+        if args.memory or args.cache:
+            parser.error("--memory and --cache belong to the CPU benchmark")
+        return device.main(args.case or ["*"], args.out, quick=args.quick, predict=args.predict, names_only=args.list)
+    if args.predict:
+        parser.error("--predict needs --device cuda")
     chosen = [case for case in CASES if any(fnmatch(case.name, pattern) for pattern in args.case or ["*"])]
     if not chosen:
         parser.error(f"no case matches {' '.join(args.case)}; --list shows them")
