@@ -1,11 +1,23 @@
 # The CUDA core, _cuda: needs nvcc and no driver. DCMERGE_CUDA=AUTO builds it where a trial compile works.
 #
 # Architectures: CMAKE_CUDA_ARCHITECTURES or the environment's CUDAARCHS ("90", or "80-real;90"). By default Turing to
-# Blackwell as machine code, and the newest as PTX, which later ones translate when they load it.
+# Blackwell as machine code, and the newest as PTX, which later ones translate when they load it; up to Hopper where nvcc
+# is older than 12.8.
 
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   if(NOT DEFINED ENV{CUDAARCHS})
-    set(ENV{CUDAARCHS} "75-real;80-real;90-real;100-real;120")
+    set(architectures "75-real;80-real;90-real;100-real;120")
+    set(nvcc "$ENV{CUDACXX}")
+    if(NOT nvcc)
+      find_program(nvcc nvcc PATHS ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
+    endif()
+    if(nvcc)
+      execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE release ERROR_QUIET)
+      if(release MATCHES "release ([0-9.]+)" AND CMAKE_MATCH_1 VERSION_LESS 12.8)
+        set(architectures "75-real;80-real;90")
+      endif()
+    endif()
+    set(ENV{CUDAARCHS} "${architectures}")
   endif()
   set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
 endif()
@@ -19,10 +31,6 @@ if(DCMERGE_CUDA STREQUAL AUTO)
   endif()
 endif()
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8 AND CMAKE_CUDA_ARCHITECTURES MATCHES "1[02]0")
-  message(FATAL_ERROR "nvcc ${CMAKE_CUDA_COMPILER_VERSION} cannot compile for all of ${CMAKE_CUDA_ARCHITECTURES}; "
-    "name yours, for example CUDAARCHS=90, or use CUDA 12.8 or newer")
-endif()
 message(STATUS "DCMERGE_CUDA=${DCMERGE_CUDA}: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
 set(cuda_kernels csrc/cuda/device.cu csrc/cuda/elect.cu csrc/cuda/newton_schulz.cu csrc/cuda/panel.cu
