@@ -95,8 +95,7 @@ class CudaBackend:
         fits = len(ranks) <= self._module.MOST_TASKS and len(sizes) <= self._module.MOST_BLOCKS
         if not fits or max(ranks) > _MOST_COLUMNS[left.element_size()]:
             return reference.project(left, right, s, ranks, counts, sizes, self.kth_magnitude)
-        blocks = left.new_empty(*counts.shape, sum(size * size for size in sizes))
-        thresholds, largest = left.new_empty(counts.shape), left.new_empty(counts.shape)
+        blocks, thresholds, largest = reference.project_outputs(left, counts, sizes)
         columns, rows = torch.tensor(ranks, dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64)
         workspace = self._bytes(self._module.project_workspace(batch, len(ranks), left.element_size()), left)
         with _stream_of(left) as stream:

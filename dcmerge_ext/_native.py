@@ -83,8 +83,7 @@ def project(
     batch, k, _ = left.shape
     if k > _LARGEST_CORE or max(ranks) > _MOST_COLUMNS:
         return reference.project(left, right, s, ranks, counts, sizes, kth_magnitude)
-    blocks = left.new_empty(*counts.shape, sum(size * size for size in sizes))
-    thresholds, largest = left.new_empty(counts.shape), left.new_empty(counts.shape)
+    blocks, thresholds, largest = reference.project_outputs(left, counts, sizes)
     columns, rows = torch.tensor(ranks, dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64)
     _cpu.project(
         left.data_ptr(),

@@ -83,22 +83,17 @@ def _cuda() -> CudaBackend | str:
     return backend
 
 
-def _load_cuda() -> Backend:
+def _load_cuda() -> CudaBackend:
     found = _cuda()
     if isinstance(found, str):
         raise BackendUnavailable(found)
     return found
 
 
-def _describe_cuda() -> str:
-    found = _cuda()
-    return found if isinstance(found, str) else found.description()
-
-
 SOURCES: dict[str, Source] = {
     "reference": Source(None, lambda: cast(Backend, reference), lambda: f"plain torch {torch.__version__}, any device"),
     "cpu": Source("cpu", _load_cpu, _native.description),
-    "cuda": Source("cuda", _load_cuda, _describe_cuda),
+    "cuda": Source("cuda", _load_cuda, lambda: _load_cuda().description()),
 }
 
 

@@ -41,6 +41,8 @@ def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
     rows = _compute(x).reshape(-1, length).contiguous()
     wanted = torch.as_tensor(counts, dtype=torch.int64)
     _require_counts("kth_magnitude", wanted, length)
+    if isinstance(counts, int):  # made on the device: a copy to it would wait
+        wanted = torch.full((), counts, dtype=torch.int64, device=x.device)
     wanted = wanted.to(x.device).expand(leading).reshape(-1).contiguous()
     thresholds: Tensor = for_device(x.device).kth_magnitude(rows, wanted)
     return thresholds.reshape(leading).to(x.dtype)

@@ -45,6 +45,12 @@ def elect(stack: Tensor, thresholds: Tensor | None, blocks: Sequence[int] | None
     return merged
 
 
+def project_outputs(left: Tensor, counts: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``project`` fills: blocks, thresholds, largest."""
+    blocks = left.new_empty(*counts.shape, sum(size * size for size in sizes))
+    return blocks, left.new_empty(counts.shape), left.new_empty(counts.shape)
+
+
 def project(
     left: Tensor,
     right: Tensor,
@@ -55,8 +61,7 @@ def project(
     kth: Callable[[Tensor, Tensor], Tensor] = kth_magnitude,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ends = list(itertools.accumulate(sizes))
-    blocks = left.new_empty(*counts.shape, sum(size * size for size in sizes))
-    thresholds, largest = left.new_empty(counts.shape), left.new_empty(counts.shape)
+    blocks, thresholds, largest = project_outputs(left, counts, sizes)
     core = left.new_empty(left.shape[1:])  # one at a time: T of them would be the largest thing in memory
     for matrix, (u, v, values) in enumerate(zip(left, right, s, strict=True)):
         columns = (torch.split(side, list(ranks), dim=-1) for side in (u * values, v))

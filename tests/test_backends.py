@@ -221,7 +221,11 @@ class TestCuda:
 
     def test_without_a_device_it_is_listed_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         kernels = ModuleType("dcmerge_ext._cuda")
-        kernels.description = lambda: (_ for _ in ()).throw(RuntimeError("no CUDA device is visible"))  # type: ignore
+
+        def description() -> str:
+            raise RuntimeError("no CUDA device is visible")
+
+        monkeypatch.setattr(kernels, "description", description, raising=False)
         monkeypatch.setitem(sys.modules, "dcmerge_ext._cuda", kernels)
         monkeypatch.setattr(dcmerge_ext, "_cuda", kernels, raising=False)
         monkeypatch.setattr(BACKENDS_MODULE, "_cuda", functools.cache(inspect.unwrap(BACKENDS_MODULE._cuda)))

@@ -445,3 +445,19 @@ def test_spectra_that_fall_below_round_off(exponent: float) -> None:
 def test_what_is_no_matrix_or_no_rank_is_refused(A: Tensor, rank: Any) -> None:
     with pytest.raises(TypeError, match=r"truncated_svd: (needs a floating|rank must be an int)"):
         truncated_svd(A, rank)
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+def test_fast_survives_an_eigensolver_that_does_not_converge(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A = cases.with_spectrum(*shape, cases.power_law(60, 1.0), seed=50).float()
+    expected = truncated_svd(A, 8, accuracy="fast")
+
+    def fails(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+        raise ConvergenceError("eigh did not converge")
+
+    monkeypatch.setattr("dcmerge_ext.svd.dense.eigh", fails)
+    U, S, Vh = truncated_svd(A, 8, accuracy="fast")
+    assert torch.allclose(S, expected.S, rtol=1e-5)
+    assert cases.error(U * S @ Vh, expected.U * expected.S @ expected.Vh) < 1e-5

@@ -1,7 +1,7 @@
 """Ways to the polar factors of one (m, n) matrix. Each returns Q, H and the singular values, dropped ones 0.
 
-Measured on two AVX-512 cores in float32, 768 x 768 of condition 1e3 to 1e5, one thread: eigenvectors 80 ms, QR and SVD
-150 ms, QDWH 170 ms, Newton-Schulz 210 ms (``benchmarks/run.py --case polar``).
+Measured on two AVX-512 cores, both used, in float32, 768 x 768 of condition 1e3 to 1e5: eigenvectors 57 ms, SVD 88 ms, QR and
+SVD 118 ms, iterations of the triangle by QDWH 75 to 96 ms and by Newton-Schulz 99 to 186 ms (``benchmarks/run.py --case 'polar/*'``).
 """
 
 from __future__ import annotations

@@ -38,13 +38,17 @@ def gram(A: Tensor, rank: int) -> tuple[Components, Evidence]:
     """Eigendecomposition of A'A (the short side) in float64, for float32 (m, n).
 
     Squaring costs half the digits of float64, which leaves float32's: errors of sigma_j relative to sigma_1 are
-    eps64 (sigma_1 / sigma_j). The vectors of the long side are A v_j / sigma_j.
+    eps64 (sigma_1 / sigma_j). The vectors of the long side are A v_j / sigma_j. LAPACK's decomposition where the
+    eigensolver does not converge.
     """
     m, n = A.shape
     if m < n:
         (V, S, Uh), evidence = gram(A.mT, rank)
         return Components(Uh.mT, S, V.mT), evidence
-    values, vectors = eigh(gram_float64(A.mT))
+    try:
+        values, vectors = eigh(gram_float64(A.mT))
+    except ConvergenceError:  # the eigensolver gives up on one sparse matrix in thousands
+        return lapack(A, rank)
     S = values.flip(0).clamp_(min=0).sqrt_()
     Vh = vectors[:, n - rank :].mT.flip(0).to(A.dtype)
     tolerance = null_tolerance(m, n, A.dtype)

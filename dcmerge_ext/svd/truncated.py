@@ -123,10 +123,7 @@ def _one(A: Tensor, rank: int, accuracy: Accuracy, tol: float | None, start: Sta
             doubt = f" ({error})"
             chosen = cost.dense(m, n, rank)
     try:
-        if chosen.route == "gram":
-            with contextlib.suppress(ConvergenceError):  # the eigensolver gives up on one sparse matrix in thousands
-                return gram(A, rank)
-        return lapack(A, rank)
+        return gram(A, rank) if chosen.route == "gram" else lapack(A, rank)
     except ConvergenceError as error:
         raise ConvergenceError(f"{error}{doubt}") from error
 
