@@ -67,8 +67,9 @@ def project(
         columns = (torch.split(side, list(ranks), dim=-1) for side in (u * values, v))
         for task, (mine, other) in enumerate(zip(*columns, strict=True)):
             torch.mm(mine, other.mT, out=core)
-            for found, count in ((thresholds, counts[matrix, task]), (largest, torch.ones_like(counts[0, 0]))):
-                found[matrix, task] = kth(core.view(1, -1), count.reshape(1))[0]
+            thresholds[matrix, task] = kth(core.view(1, -1), counts[matrix, task].reshape(1))[0]
+            low, high = core.aminmax()
+            largest[matrix, task] = torch.maximum(-low, high)
             parts = (core[end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True))
             torch.cat([part.reshape(-1) for part in parts], out=blocks[matrix, task])
     return blocks, thresholds, largest

@@ -20,6 +20,8 @@ _Factors = tuple[Tensor, Tensor, Tensor]
 
 _SMALL = 5e-3
 """Eigenvalues of X'X below this fraction of the largest have lost digits that matter: their directions are redone."""
+_TINY = 1e-4
+"""Below this fraction (singular values of 1/100) their images lose as much to rounding, and are multiplied in float64."""
 _DOUBTFUL = 0.05
 """Below this fraction the images of the eigenvectors are orthogonal to fewer digits than eps, and are corrected."""
 _ROWS = 1024
@@ -62,7 +64,7 @@ def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors |
         return None
     del gram
     spare = torch.finfo(X.dtype).eps / round_off
-    count, doubtful = (int((values < spare * fraction * values[-1]).sum()) for fraction in (_SMALL, _DOUBTFUL))
+    tiny, count, doubtful = (int((values < spare * part * values[-1]).sum()) for part in (_TINY, _SMALL, _DOUBTFUL))
     if n <= _CHEAP and spare == 1:
         doubtful = n
     if count > max(1, _MOST_SMALL * n) or not float(values[-1]) > 0:
@@ -77,7 +79,7 @@ def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors |
     sound /= S[count:]
     _correct(sound, doubtful - count)
     if count:
-        P, small, Y = _directions(X, Z[:, :count], sound)
+        P, small, Y = _directions(image[:, :count], _image(X, Z[:, :tiny]), sound)
         P *= small > tolerance * S[-1]  # round-off must not bend its neighbours
         if X.dtype == torch.float64:  # nothing was wider
             P -= sound @ (sound.mT @ P)
@@ -113,24 +115,29 @@ def by_iteration(
     return basis @ factor.to(X.dtype), H.to(X.dtype), values.to(X.dtype)
 
 
-def _directions(X: Tensor, Z: Tensor, sound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P, s, Y with (I - sound sound') X Z = P diag(s) Y', s ascending, of few columns Z, without the squaring that
-    spoilt them."""
+def _image(X: Tensor, Z: Tensor) -> Tensor:
+    """X Z in float64."""
     wide = Z.double()
-    image = torch.cat([rows.double() @ wide for rows in torch.split(X, _ROWS)])
-    # what is along sound directions goes before small ones are blown up to length 1
-    overlap = image.new_zeros(sound.shape[1], image.shape[1])
+    return torch.cat([rows.double() @ wide for rows in torch.split(X, _ROWS)])
+
+
+def _directions(image: Tensor, tiny: Tensor, sound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P, s, Y with (I - sound sound') image = P diag(s) Y', s ascending; the first columns of image are ``tiny``.
+
+    The smallest singular values appear only where columns cancel, which takes columns known to more digits than they have
+    in float32; what sound directions leave in a column is small next to it, and is removed as precisely in float32.
+    """
+    image = torch.cat([tiny, image[:, tiny.shape[1] :].double()], dim=1)
+    overlap = sound.mT @ image.to(sound.dtype)
     for rows, part in zip(torch.split(sound, _ROWS), torch.split(image, _ROWS), strict=True):
-        overlap.addmm_(rows.double().mT, part)
-    for rows, part in zip(torch.split(sound, _ROWS), torch.split(image, _ROWS), strict=True):
-        part.addmm_(rows.double(), overlap, alpha=-1)
-    if X.dtype == torch.float64:
+        part -= rows @ overlap
+    if sound.dtype == torch.float64:
         P, s, Yh = svd(image)
         return P.flip(1), s.flip(0), Yh.mT.flip(1)
     values, Y = eigh(image.mT @ image)  # squared, but with twice the digits
     s = values.clamp(min=0).sqrt()
     P = (image @ Y) / torch.where(s > 0, s, 1)
-    return P.to(X.dtype), s.to(X.dtype), Y.to(X.dtype)
+    return P.to(sound.dtype), s.to(sound.dtype), Y.to(sound.dtype)
 
 
 def _correct(Q: Tensor, count: int) -> None:

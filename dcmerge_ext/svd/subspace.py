@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcmerge_ext import ops
 from dcmerge_ext.svd.block import orthonormalize
 from dcmerge_ext.svd.components import Components, Evidence
 from dcmerge_ext.svd.dense import gram, lapack
@@ -12,6 +13,8 @@ from dcmerge_ext.svd.start import Start
 
 OVERSAMPLING = 16
 _POWER_STEPS = 2
+_MOST_ROWS = 384
+"""Up to this many rows there and back in one pass over A takes 0.5 to 0.8 times the two products (float32, two cores)."""
 
 
 def subspace_iteration(A: Tensor, rank: int, start: Start) -> tuple[Components, Evidence]:
@@ -20,12 +23,20 @@ def subspace_iteration(A: Tensor, rank: int, start: Start) -> tuple[Components, 
     if m < n:
         (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start)
         return Components(Uh.mT, S, V.mT), evidence
+    A = A.contiguous()
     basis = start.rows(rank + OVERSAMPLING, n, A)  # random signs are independent enough for a first step
     for _ in range(_POWER_STEPS):
-        basis = orthonormalize((basis @ A.mT) @ A)
+        basis = orthonormalize(_there_and_back(basis, A))
     image = orthonormalize(basis @ A.mT)
     (u, S, Vh), _ = (gram if A.dtype == torch.float32 else lapack)(image @ A, rank)
     found = Components(image.mT @ u, S, Vh)
     total = float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
     captured = float((found.S.double() ** 2).sum()) / total if total else 1.0
     return found, Evidence("subspace", rank + OVERSAMPLING, captured=captured)
+
+
+def _there_and_back(rows: Tensor, A: Tensor) -> Tensor:
+    """rows A' A."""
+    if A.dtype != torch.float32 or len(rows) > _MOST_ROWS:
+        return (rows @ A.mT) @ A
+    return ops.gram_apply(rows, A, rows.new_empty(len(rows), len(A)))
