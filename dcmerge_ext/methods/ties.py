@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -13,25 +13,8 @@ from dcmerge_ext import ops
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.registry import register
+from dcmerge_ext.methods.selection import Selection
 from dcmerge_ext.updates import Updates
-
-
-@dataclass
-class _Selection:
-    """Radix selection of one threshold per task, a digit of the magnitude per pass."""
-
-    digits: list[tuple[int, int]]  # (shift, width) still to be counted, leading first
-    histograms: list[Tensor]
-    prefixes: list[int]
-    ranks: list[int] | None  # 1-based rank from the top inside the current prefix; None until the total is known
-    dtype: torch.dtype
-
-    def fork(self) -> _Selection:
-        return replace(self, histograms=[torch.zeros_like(h) for h in self.histograms])
-
-    def join(self, share: _Selection) -> None:
-        for own, other in zip(self.histograms, share.histograms, strict=True):
-            own += other
 
 
 @dataclass
@@ -80,50 +63,30 @@ class Ties(Method, frozen=True):
     ] = "mean"
 
     def num_surveys(self, dtype: torch.dtype) -> int:
-        return 1 if self.keep == 1 else 1 + len(_digits(dtype))
+        return 1 if self.keep == 1 else 1 + Selection.num_passes(dtype)
 
-    def begin(self, num_tasks: int, dtype: torch.dtype) -> _Selection | _Majority:
+    def begin(self, num_tasks: int, dtype: torch.dtype) -> Selection | _Majority:
         if self.keep == 1:  # nothing is trimmed
             return _Majority(torch.zeros(num_tasks, dtype=dtype))
-        digits = _digits(dtype)
-        return _Selection(digits, _histograms(num_tasks, digits[0][1]), [0] * num_tasks, None, dtype)
+        return Selection.begin(num_tasks, dtype)
 
-    def survey(self, key: str, updates: Updates, state: _Selection | _Majority) -> None:
+    def survey(self, key: str, updates: Updates, state: Selection | _Majority) -> None:
         if isinstance(state, _Majority):
             merged_sign = _elected_sign(_stack(updates, state.thresholds.dtype), state.thresholds)
             state.sign_sum += int(merged_sign.sum(dtype=torch.float64))
             return
-        shift, width = state.digits[0]
         for i, spec in enumerate(updates.specs):
-            if spec.rank == 0:
-                # the zeros of a task that does not touch this tensor: digit 0 of prefix 0
-                if state.prefixes[i] == 0:
-                    state.histograms[i][0] += _numel(spec.shape)
-                continue
-            ops.magnitude_histogram(
-                _dense(updates[i]).to(state.dtype),
-                state.histograms[i],
-                shift=shift,
-                width=width,
-                prefix=state.prefixes[i],
-            )
+            if spec.rank == 0:  # a task that does not touch this tensor
+                state.add_zeros(i, _numel(spec.shape))
+            else:
+                state.add(i, _dense(updates[i]))
 
-    def finish(self, state: _Selection | _Majority) -> _Selection | _Majority | _Elected:
+    def finish(self, state: Selection | _Majority) -> Selection | _Majority | _Elected:
         if isinstance(state, _Majority):
             return _Elected(state.thresholds, (state.sign_sum > 0) - (state.sign_sum < 0))
-        ranks = state.ranks
-        if ranks is None:
-            # the published code keeps >= the (N - int(N keep))-th smallest magnitude: int(N keep) + 1 entries
-            totals = [int(h.sum()) for h in state.histograms]
-            ranks = [min(total, int(total * self.keep) + 1) for total in totals]
-        width = state.digits[0][1]
-        found = [_locate(h, rank) for h, rank in zip(state.histograms, ranks, strict=True)]
-        prefixes = [(p << width) | digit for p, (digit, _) in zip(state.prefixes, found, strict=True)]
-        if len(state.digits) == 1:
-            bits = torch.tensor(prefixes, dtype=torch.int32 if state.dtype == torch.float32 else torch.int64)
-            return _Majority(bits.view(state.dtype))
-        digits = state.digits[1:]
-        return _Selection(digits, _histograms(len(found), digits[0][1]), prefixes, [r for _, r in found], state.dtype)
+        # the published code keeps >= the (N - int(N keep))-th smallest magnitude: int(N keep) + 1 entries
+        found = state.finish(lambda total: int(total * self.keep) + 1)
+        return found if isinstance(found, Selection) else _Majority(found)
 
     def merge(self, updates: Updates, ctx: Context) -> Update:
         elected: _Elected = ctx.state
@@ -136,24 +99,6 @@ class Ties(Method, frozen=True):
 
 
 ties = register(Ties)
-
-
-def _digits(dtype: torch.dtype) -> list[tuple[int, int]]:
-    return [(15, 16), (0, 15)] if dtype == torch.float32 else [(47, 16), (31, 16), (15, 16), (0, 15)]
-
-
-def _histograms(num_tasks: int, width: int) -> list[Tensor]:
-    return [torch.zeros(1 << width, dtype=torch.int64) for _ in range(num_tasks)]
-
-
-def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """Bin that holds the rank-th largest, and its rank inside that bin."""
-    if rank == 0:  # no entries at all
-        return 0, 0
-    from_top = histogram.flip(0).cumsum(0)
-    index = int(torch.searchsorted(from_top, rank))
-    above = int(from_top[index - 1]) if index else 0
-    return len(histogram) - 1 - index, rank - above
 
 
 def _elected_sign(stack: Tensor, thresholds: Tensor) -> Tensor:
