@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "kernels/elect.h"
+#include "kernels/gram.h"
 #include "kernels/gram_apply.h"
 #include "kernels/orthonormalize.h"
 #include "kernels/philox.h"
@@ -83,6 +84,11 @@ bool bind_orthonormalize(uintptr_t rows, uintptr_t out, int64_t count, int64_t l
     return independent;
 }
 
+void bind_gram(uintptr_t x, uintptr_t out, int64_t count, int64_t length, int64_t row, int64_t column, int threads) {
+    py::gil_scoped_release release;
+    cpu::gram({pointer<const float>(x), pointer<double>(out), count, length, row, column}, threads);
+}
+
 void bind_gram_apply(uintptr_t x, uintptr_t a, uintptr_t image, uintptr_t back, int64_t count, int64_t m, int64_t n,
                      int threads) {
     py::gil_scoped_release release;
@@ -117,6 +123,7 @@ PYBIND11_MODULE(_cpu, m) {
           "threads"_a);
     m.def("project", &bind_project, "left"_a, "right"_a, "s"_a, "counts"_a, "thresholds"_a, "largest"_a, "blocks"_a,
           "batch"_a, "tasks"_a, "k"_a, "ranks"_a, "sizes"_a, "num_blocks"_a, "itemsize"_a, "threads"_a);
+    m.def("gram", &bind_gram, "x"_a, "out"_a, "count"_a, "length"_a, "row"_a, "column"_a, "threads"_a);
     m.def("gram_apply", &bind_gram_apply, "x"_a, "a"_a, "image"_a, "back"_a, "count"_a, "m"_a, "n"_a, "threads"_a);
     m.def("orthonormalize", &bind_orthonormalize, "rows"_a, "out"_a, "count"_a, "length"_a, "worst_pivot"_a,
           "itemsize"_a);

@@ -138,6 +138,9 @@ class CudaBackend:
         smallest, largest = pivots.tolist()
         return (inverse @ wide).to(rows.dtype) if smallest > worst_pivot * largest else None
 
+    def gram(self, x: Tensor) -> Tensor:
+        return reference.gram(x)
+
     def gram_apply(self, x: Tensor, a: Tensor, image: Tensor) -> Tensor:
         return reference.gram_apply(x, a, image)
 

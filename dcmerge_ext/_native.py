@@ -123,6 +123,13 @@ def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
     )
 
 
+def gram(x: Tensor) -> Tensor:
+    count, length = x.shape
+    out = x.new_empty(count, count, dtype=torch.float64)
+    _cpu.gram(x.data_ptr(), out.data_ptr(), count, length, *x.stride(), torch.get_num_threads())
+    return out
+
+
 def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:
     back = torch.empty_like(x)
     (count, n), m = x.shape, a.shape[0]

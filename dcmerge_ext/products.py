@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcmerge_ext.backends import for_device
+
 _PARTS = 4
 _CHUNK = 1 << 17
 """Elements converted to float64 at a time: 1 MiB, a second-level cache."""
@@ -27,16 +29,13 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def gram_float64(X: Tensor) -> Tensor:
-    """X X' of (p, l) in float64, in pieces that stay in cache. The lower triangle alone is complete."""
-    rows, length = X.shape
-    half = -(-rows // 2)
-    step = max(64, _CHUNK // max(rows, 1))
-    total = X.new_zeros(rows, rows, dtype=torch.float64)
-    for begin in range(0, length, step):
-        piece = X[:, begin : begin + step].double()
-        total[:half, :half].addmm_(piece[:half], piece[:half].mT)
-        total[half:].addmm_(piece[half:], piece.mT)
-    return total
+    """X X' of float32 (..., p, l) in float64, (..., p, p)."""
+    *leading, p, length = X.shape
+    backend = for_device(X.device)
+    if not leading:
+        return backend.gram(X)
+    matrices = X.reshape(-1, p, length).unbind()
+    return torch.stack([backend.gram(matrix) for matrix in matrices]).reshape(*leading, p, p)
 
 
 def wide_product(A: Tensor, B: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+_CHUNK = 1 << 17
+"""Elements converted to float64 at a time: 1 MiB, a second-level cache."""
 prefers_products = False
 
 
@@ -138,6 +140,14 @@ def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
         return None
     basis: Tensor = torch.linalg.solve_triangular(L, wide, upper=False)
     return basis.to(rows.dtype).contiguous()  # LAPACK leaves columns behind
+
+
+def gram(x: Tensor) -> Tensor:
+    total = x.new_zeros(len(x), len(x), dtype=torch.float64)
+    for piece in torch.split(x, max(64, _CHUNK // max(len(x), 1)), dim=1):
+        wide = piece.double()
+        total.addmm_(wide, wide.mT)
+    return total
 
 
 def gram_apply(x: Tensor, a: Tensor, image: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ BUGS = {
         "address", "cpu/orthonormalize.cpp", "std::min(begin + kRun, p.length)", "begin + kRun", OVERFLOW
     ),
     "tail as wide as a tile": Bug("address", "cpu/gram_apply_tile.h", "k = c; k < n", "k = c; k < c + kTile", OVERFLOW),
+    "tile beyond the rows": Bug("address", "cpu/gram.cpp", "row + tile.rows,", "row + 2 * tile.rows,", OVERFLOW),
+    "pieces that overlap": Bug("thread", "cpu/gram.cpp", "(piece + 1) * columns / pieces,", "columns,", RACE),
     "histogram shared by threads": Bug("thread", "cpu/select.cpp", "partial.data() + s * bins", "partial.data()", RACE),
     "scratch shared by threads": Bug(
         "thread", "cpu/elect.cpp", "Float votes[kRun];", "static Float votes[kRun];", RACE

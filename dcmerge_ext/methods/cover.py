@@ -15,9 +15,9 @@ from torch import Tensor
 from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.parallel import side_by_side
-from dcmerge_ext.products import wide_product
+from dcmerge_ext.products import gram_float64, wide_product
 from dcmerge_ext.svd import Components
-from dcmerge_ext.svd.dense import eigh, svd
+from dcmerge_ext.svd.dense import eigh
 from dcmerge_ext.updates import Updates
 
 _SIDE_BY_SIDE = range(256, 2049)
@@ -94,16 +94,17 @@ def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     if not 0 < rank <= min(updates.shape[-2:]):
         return None
     factors = [torch.cat([u.left for u in loaded], -1), torch.cat([u.right for u in loaded], -2).mT]
-    grams = torch.stack([_gram(factor) for factor in factors])  # (2, ..., k, k), as everything below
+    grams = torch.stack([gram_float64(factor.mT) for factor in factors])  # (2, ..., k, k), as everything below
     L, failed = torch.linalg.cholesky_ex(_diagonal_blocks(grams, tasks, rank))
     if not _sound(L.diagonal(dim1=-2, dim2=-1), _WORST_PIVOT) or failed.any():
         return None
-    u, S, vh = svd(L[0].mT @ L[1])  # (..., T, r, r)
-    S = S[..., :kept]
-    if not _sound(S, _WORST_PIVOT):
+    between = L[0].mT @ L[1]  # (..., T, r, r), u diag(S) v'
+    values, v = (found.flip(-1)[..., :kept] for found in eigh(between.mT @ between))
+    if not _sound(values, _WORST_PIVOT**2):
         return None
+    S = values.sqrt()
+    rotations = torch.stack([(between @ v) / S[..., None, :], v])
     # U_i = B_i L_i^-T rotation_i = B_i frame_i
-    rotations = torch.stack([u[..., :kept], vh.mT[..., :kept]])
     frames = torch.linalg.solve_triangular(L.mT, rotations, upper=True)
     values, Z = eigh(_by_blocks(frames.mT, _by_blocks(frames.mT, grams).mT))  # of U'U
     if not _sound(values, _WORST_EIGENVALUE):
@@ -119,12 +120,6 @@ def _sound(values: Tensor, worst: float) -> bool:
     """Whether the smallest of (..., r) is above ``worst`` times the largest, throughout the batch. NaN is not."""
     low, high = values.aminmax(dim=-1)
     return bool((low > worst * high).all())
-
-
-def _gram(factor: Tensor) -> Tensor:
-    """B'B of float32 (..., m, k), in float64."""
-    wide = factor.double()
-    return wide.mT @ wide
 
 
 def _diagonal_blocks(gram: Tensor, tasks: int, rank: int) -> Tensor:

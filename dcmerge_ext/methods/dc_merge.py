@@ -198,7 +198,7 @@ class DCMerge(Method, frozen=True):
 
         slots = [r for r in ranks if r]
         cover = self._cover(updates, ranks, ctx)
-        live = torch.stack([(S > 0).sum(-1) for S in cover.spectra], dim=-1)  # (..., T)
+        live = _live(cover.spectra)
         spectra = self._smoothed(cover.spectra, updates.all_lowrank)
         sizes = self._block_sizes(slots)
         if self.aggregate == "ties":
@@ -292,6 +292,13 @@ class DCMerge(Method, frozen=True):
 
 
 dc_merge = register(DCMerge)
+
+
+def _live(spectra: Sequence[Tensor]) -> Tensor:
+    """(..., T) components of each task that are not null."""
+    if len({S.shape[-1] for S in spectra}) == 1:
+        return (torch.stack(list(spectra), dim=-2) > 0).sum(-1)
+    return torch.stack([(S > 0).sum(-1) for S in spectra], dim=-1)
 
 
 def _ties_blocks(

@@ -72,6 +72,7 @@ void test_select();
 void test_elect();
 void test_philox();
 void test_orthonormalize();
+void test_gram();
 void test_gram_apply();
 void test_project();
 

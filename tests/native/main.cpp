@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
         {"elect", dcmerge::test_elect},
         {"philox", dcmerge::test_philox},
         {"orthonormalize", dcmerge::test_orthonormalize},
+        {"gram", dcmerge::test_gram},
         {"gram_apply", dcmerge::test_gram_apply},
         {"project", dcmerge::test_project},
     };
