@@ -4,6 +4,7 @@ from dcmerge_ext import linalg, methods, metrics, ops, torch_library
 from dcmerge_ext.backends import backends, use_backend
 from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
 from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
+from dcmerge_ext.checkpoints.sweep import SweepReport, sweep
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.merging import merge_updates
 from dcmerge_ext.methods.registry import list_methods
@@ -15,6 +16,7 @@ __all__ = [
     "Components",
     "LowRank",
     "MergeReport",
+    "SweepReport",
     "__version__",
     "backends",
     "linalg",
@@ -26,6 +28,7 @@ __all__ = [
     "metrics",
     "ops",
     "smooth_energy",
+    "sweep",
     "torch_library",
     "truncated_svd",
     "use_backend",

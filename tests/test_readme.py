@@ -63,12 +63,14 @@ def test_the_configuration_goes_with_the_command_beside_it(tmp_path: Path, monke
     (text,) = blocks("yaml")
     (tmp_path / "merge.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    (line,) = [line for block in blocks("bash") for line in block.splitlines() if "--config" in line]
-    command = line.split("#")[0].split("dcmerge ", 1)[1]
-    config = config_of(build_parser().parse_args(command.split()))
-    method = create(config.method, config.options)
-    for override in config.overrides:
-        create(override.method or method.name, {**({} if override.method else config.options), **override.options})
+    lines = [line for block in blocks("bash") for line in block.splitlines() if "--config" in line]
+    assert lines
+    for line in lines:
+        command = line.split("#")[0].split("dcmerge ", 1)[1]
+        config = config_of(build_parser().parse_args(command.split()))
+        method = create(config.method, config.options)
+        for override in config.overrides:
+            create(override.method or method.name, {**({} if override.method else config.options), **override.options})
 
 
 def test_every_method_has_a_row() -> None:

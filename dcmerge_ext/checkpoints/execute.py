@@ -63,7 +63,7 @@ class Executor:
         no thread waits for another inside an operation. Large matrices follow one at a time, with all threads.
         """
         for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
-            self._survey(method)
+            self.survey(method)
         most = _SIDE_BY_SIDE_BYTES // _workers()
         small = [t for t in tensors if t.panelled or peak_bytes(self.plan, t) <= most]
         results = {r.name: r for r in self._side_by_side(small, work)}
@@ -147,7 +147,7 @@ class Executor:
             raise InputError(f"tensor {tensor.name!r}: values overflow {kind}; choose a wider dtype or a smaller scale")
         return stored
 
-    def _survey(self, method: Method | None) -> None:
+    def survey(self, method: Method | None) -> None:
         """The surveys of a whole-model method, over every tensor it merges."""
         if method is None or method.scope != "model" or method in self._states:
             return
@@ -231,7 +231,7 @@ def _load(
                 _digest(digests[i], raw)
         return update * plan.weights[i] if plan.weights[i] != 1 else update
 
-    return Updates(specs, load)
+    return Updates(specs, load, 0 if rows is None else rows.start * math.prod(shape[1:]))
 
 
 def _refuse_nonfinite(task: Task, name: str, plan: Plan, rows: slice | None, update: Update) -> None:

@@ -16,7 +16,7 @@ from dcmerge_ext.backends import for_device
 from dcmerge_ext.checkpoints.adapter import Adapter, is_adapter
 from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
-from dcmerge_ext.checkpoints.execute import Executor
+from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.files import unreadable
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.model import ModelFiles
@@ -32,7 +32,7 @@ from dcmerge_ext.methods.registry import list_methods, preset_of
 
 logger = logging.getLogger(__name__)
 
-_METADATA_BYTES = 16 << 20
+METADATA_BYTES = 16 << 20
 """Room for headers, configuration, tokenizer and record when free space is checked."""
 
 
@@ -45,6 +45,11 @@ class Prepared:
     save_as: str
     adapter: AdapterOutput | None
     base_path: Path | None
+
+    @classmethod
+    def of(cls, config: MergeConfig, plan: Plan, save_as: str, base_path: Path | None) -> Prepared:
+        adapter = AdapterOutput(plan, config.adapter_rank) if save_as == "adapter" else None
+        return cls(config, plan, save_as, adapter, base_path)
 
     @property
     def output_bytes(self) -> int:
@@ -78,7 +83,7 @@ def prepare(config: MergeConfig) -> Prepared:
 
 
 def _prepare(config: MergeConfig) -> Prepared:
-    for_device(_device(config.device))  # a forced backend that cannot run there is an error now, not half way
+    for_device(compute_device(config.device))  # a forced backend that cannot run there is an error now, not half way
     lora_scale = _lora_scale(config)
     paths = [locate(task) for task in config.tasks]
     base_path = None if config.base is None else locate(config.base)
@@ -100,10 +105,9 @@ def _prepare(config: MergeConfig) -> Prepared:
         AdapterTask(adapters[path], base) if path in adapters else FullTask(ModelFiles(path), base) for path in paths
     ]
     plan = make_plan(base, tasks, config, with_base=base_path is not None)
-    adapter = AdapterOutput(plan, config.adapter_rank) if save_as == "adapter" else None
     if save_as == "full" and config.adapter_rank is not None:
         raise OptionError("adapter_rank belongs to --save-as adapter")
-    return Prepared(config, plan, save_as, adapter, base_path)
+    return Prepared.of(config, plan, save_as, base_path)
 
 
 def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> MergeReport:
@@ -114,23 +118,42 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
     """
     config, out = prepared.config, Path(prepared.config.out).expanduser()
     started = time.perf_counter()
-    check_space(out, prepared.output_bytes + _METADATA_BYTES)
-    executor = Executor(prepared.plan, _device(config.device), advance)
+    check_space(out, prepared.output_bytes + METADATA_BYTES)
+    executor = Executor(prepared.plan, compute_device(config.device), advance)
     with work_directory(out, config.overwrite) as directory:
-        if prepared.adapter is not None:
-            results = prepared.adapter.write(executor, directory)
-        else:
-            results = write_model(executor, directory, config.shard_bytes)
-            assert prepared.base_path is not None
-            converted = None if config.dtype == "keep" else getattr(torch, config.dtype)
-            copy_side_files(prepared.base_path, directory, converted)
-        config = msgspec.structs.replace(config, save_as=prepared.save_as)
-        record = make_record(prepared.plan, config, executor.device, results)
-        seconds = time.perf_counter() - started
-        write_record(directory, record, results, seconds)
-    for warning in record["warnings"][len(prepared.plan.notes) :]:  # the notes were known before: the caller's to show
+        results = write_output(prepared, executor, directory)
+        report = finish(prepared, executor.device, directory, results, started)
+    for warning in report.warnings[len(prepared.plan.notes) :]:  # the notes were known before: the caller's to show
         logger.warning("%s", warning)
-    return MergeReport(out, seconds, record)
+    return report
+
+
+def write_output(prepared: Prepared, executor: Executor, directory: Path) -> list[TensorResult]:
+    """The merged model or adapter, complete but for the record. Returns what happened to each tensor."""
+    if prepared.adapter is not None:
+        return prepared.adapter.write(executor, directory)
+    config = prepared.config
+    results = write_model(executor, directory, config.shard_bytes)
+    assert prepared.base_path is not None
+    converted = None if config.dtype == "keep" else getattr(torch, config.dtype)
+    copy_side_files(prepared.base_path, directory, converted)
+    return results
+
+
+def finish(
+    prepared: Prepared,
+    device: torch.device,
+    directory: Path,
+    results: Sequence[TensorResult],
+    started: float,
+    facts: Mapping[str, Any] = {},
+) -> MergeReport:
+    """Write the record, with further ``facts``, beside the weights. ``started``: of ``time.perf_counter``."""
+    config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as)
+    record = {**make_record(prepared.plan, config, device, results), **facts}
+    seconds = time.perf_counter() - started
+    write_record(directory, record, results, seconds)
+    return MergeReport(Path(config.out).expanduser(), seconds, record)
 
 
 def merge_checkpoints(
@@ -182,31 +205,55 @@ def merge_checkpoints(
     Raises:
         InputError: wrong inputs or options, naming file and tensor; nothing was written.   RunError: writing failed.
     """
-    if isinstance(tasks, (str, Path)):
-        raise InputError(f"merge_checkpoints: tasks needs a list of paths, got the one path {str(tasks)!r}")
-    values = {
-        "base": None if base is None else str(base),
-        "tasks": [str(task) for task in tasks],
-        "out": str(out),
-        "method": method,
-        "scale": scale,
-        "weights": None if weights is None else [float(w) for w in weights],
-        "overrides": [dict(o) for o in overrides],
-        "device": device,
-        "dtype": dtype,
-        "save_as": save_as,
-        "adapter_rank": adapter_rank,
-        "shard_size": shard_size,
-        "vocab": vocab,
-        "extra": extra,
-        "lora_scale": lora_scale,
-        "overwrite": overwrite,
-        "options": options,
-    }
+    values = config_values(
+        "merge_checkpoints",
+        base=base,
+        tasks=tasks,
+        out=out,
+        method=method,
+        scale=scale,
+        weights=weights,
+        overrides=overrides,
+        device=device,
+        dtype=dtype,
+        save_as=save_as,
+        adapter_rank=adapter_rank,
+        shard_size=shard_size,
+        vocab=vocab,
+        extra=extra,
+        lora_scale=lora_scale,
+        overwrite=overwrite,
+        **options,
+    )
     prepared = prepare(build_config(values, "merge_checkpoints"))
     for note in prepared.plan.notes:
         logger.warning("%s", note)
     return run(prepared)
+
+
+def config_values(
+    caller: str,
+    *,
+    base: str | Path | None,
+    tasks: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    overrides: Sequence[Mapping[str, Any]] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Arguments of :func:`merge_checkpoints` as the keys of a configuration; those it does not know are the method's."""
+    if isinstance(tasks, (str, Path)):
+        raise InputError(f"{caller}: tasks needs a list of paths, got the one path {str(tasks)!r}")
+    known = {f.name for f in msgspec.structs.fields(MergeConfig)} - {"options"}
+    return {
+        "base": None if base is None else str(base),
+        "tasks": [str(task) for task in tasks],
+        "out": str(out),
+        "weights": None if weights is None else [float(w) for w in weights],
+        "overrides": [dict(o) for o in overrides],
+        **{name: value for name, value in settings.items() if name in known},
+        "options": {name: value for name, value in settings.items() if name not in known},
+    }
 
 
 def _lora_scale(config: MergeConfig) -> Any:
@@ -232,7 +279,7 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _device(name: str) -> torch.device:
+def compute_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda: this torch finds no CUDA device; use --device cpu")
     if name == "auto":

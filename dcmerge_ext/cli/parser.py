@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dcmerge_ext.cli import commands, merge
+from dcmerge_ext.cli import commands, merge, sweep
 from dcmerge_ext.version import __version__
 
 
@@ -27,6 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan = subcommands.add_parser("plan", parents=[common], help="check a merge from headers; estimate time and memory")
     _merge_arguments(plan)
     plan.set_defaults(run=merge.run_plan)
+
+    sweeping = subcommands.add_parser(
+        "sweep", parents=[common], help="merge once, evaluate a grid of scales with your function, keep the best"
+    )
+    _merge_arguments(sweeping)
+    sweep.add_arguments(sweeping)
+    sweeping.set_defaults(run=sweep.run)
 
     info = subcommands.add_parser("info", parents=[common], help="versions, and which backends exist here or why not")
     info.set_defaults(run=commands.run_info)
