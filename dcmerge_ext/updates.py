@@ -29,9 +29,11 @@ class Updates(Sequence[Update]):
     in each task's update, so a weight on the singular values, votes or values is a weight on the update).
     """
 
-    def __init__(self, specs: Sequence[UpdateSpec], load: Callable[[int], Update]) -> None:
+    def __init__(self, specs: Sequence[UpdateSpec], load: Callable[[int], Update], offset: int = 0) -> None:
         self.specs = tuple(specs)
         self._load = load
+        self.offset = offset
+        """Elements of the tensor before these, where they are a panel of its rows."""
 
     def __len__(self) -> int:
         return len(self.specs)
