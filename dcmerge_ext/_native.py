@@ -125,8 +125,9 @@ def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
 
 def gram(x: Tensor) -> Tensor:
     count, length = x.shape
+    row, column = x.stride()
     out = x.new_empty(count, count, dtype=torch.float64)
-    _cpu.gram(x.data_ptr(), out.data_ptr(), count, length, *x.stride(), torch.get_num_threads())
+    _cpu.gram(x.data_ptr(), out.data_ptr(), count, length, row, column, torch.get_num_threads())
     return out
 
 

@@ -25,8 +25,8 @@ class UpdateSpec(NamedTuple):
 class Updates(Sequence[Update]):
     """A sequence of T updates of one tensor. ``updates[i]`` may read a file: keep no more of them than needed.
 
-    Values are float32 or float64 and finite; per-task weights are already multiplied in (every method is homogeneous
-    in each task's update, so a weight on the singular values, votes or values is a weight on the update).
+    Values are float32 or float64 and finite; per-task weights are already multiplied in (a weight on a task's singular
+    values, votes or values is a weight on its update).
     """
 
     def __init__(self, specs: Sequence[UpdateSpec], load: Callable[[int], Update], offset: int = 0) -> None:

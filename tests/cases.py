@@ -329,4 +329,21 @@ REFUSED_OPTIONS = [
 # --- registered methods ----------------------------------------------------------------------------------------------
 
 # Options that leave a single task as it is; methods that are not here do so at their defaults.
-NOTHING_TRIMMED: dict[str, dict[str, Any]] = {"dc_merge": {"smoothing": "none"}, "ties": {"keep": 1.0}}
+NOTHING_TRIMMED: dict[str, dict[str, Any]] = {
+    "dc_merge": {"smoothing": "none"},
+    "ties": {"keep": 1.0},
+    "dare": {"rate": 0.0},
+    "knots": {"keep": 1.0},
+}
+
+# Methods whose steps do not grow with the updates.
+ABSOLUTE_STEP = {"wudi"}
+
+# Methods that give a single task one singular value, too.
+FLATTENED = {"iso_c", "iso_cts"}
+
+# Methods of LoRA factors, which refuse full updates.
+LORA_ONLY = {"core_space", "robust_merge"}
+
+# Methods that draw anew for each position of a task.
+DRAWN_BY_POSITION = {"dare"}

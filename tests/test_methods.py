@@ -18,8 +18,10 @@ from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import describe_options
 from dcmerge_ext.updates import UpdateSpec
 
-METHODS = list(list_methods())
-MATRIX_METHODS = [name for name, cls in list_methods().items() if cls.scope == "matrix"]
+REGISTERED = list(list_methods())
+METHODS = [name for name in REGISTERED if name not in cases.LORA_ONLY]
+MATRIX_METHODS = [name for name in METHODS if list_methods()[name].scope == "matrix"]
+every_registered = pytest.mark.parametrize("method", REGISTERED)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -29,10 +31,10 @@ def merged_tensor(updates: Sequence[Update], method: str, **options: Any) -> Ten
 
 class TestRegister:
     def test_the_methods_are_listed_in_order(self) -> None:
-        assert sorted(METHODS) == METHODS
-        assert {"averaging", "dc_merge", "task_arithmetic", "ties"} <= set(METHODS)
+        assert sorted(REGISTERED) == REGISTERED
+        assert {"averaging", "dc_merge", "task_arithmetic", "ties"} <= set(REGISTERED)
 
-    @every_method
+    @every_registered
     def test_each_method_is_a_function_with_its_options_for_a_signature(self, method: str) -> None:
         function = getattr(dcmerge_ext.methods, method)
         parameters = inspect.signature(function).parameters
@@ -43,7 +45,7 @@ class TestRegister:
             assert parameters[option.name].default == option.default
         assert (function.__name__, function.__module__) == (method, f"dcmerge_ext.methods.{method}")
 
-    @every_method
+    @every_registered
     def test_each_option_is_described(self, method: str) -> None:
         function, cls = getattr(dcmerge_ext.methods, method), list_methods()[method]
         assert function.__doc__.startswith(cls.__doc__.splitlines()[0])
@@ -52,7 +54,7 @@ class TestRegister:
             assert option.type
             assert f"{option.name}: {option.meaning}" in function.__doc__
 
-    @every_method
+    @every_registered
     def test_each_method_names_its_paper(self, method: str) -> None:
         cls = list_methods()[method]
         assert cls.paper.startswith("https://arxiv.org/abs/")
@@ -96,7 +98,7 @@ class TestEveryMethod:
         assert merged.isfinite().all()
         assert merged.norm() > 0
 
-    @every_method
+    @every_registered
     @pytest.mark.parametrize("ranks", [[2, 3], [0, 3], [0, 0]])
     def test_adapters_stay_adapters_where_the_method_keeps_rank(self, method: str, ranks: list[int]) -> None:
         merged = merge_updates(cases.lora_updates(ranks, 8, 6, dtype=torch.float32), method)
@@ -112,21 +114,21 @@ class TestEveryMethod:
         merged = merge_updates([cases.lora_updates([2], 8, 6)[0], cases.full_updates(1, 8, 6)[0]], method)
         assert isinstance(merged, Tensor)
 
-    @every_method
+    @pytest.mark.parametrize("method", [name for name in METHODS if name not in cases.FLATTENED])
     def test_a_single_task_comes_back_where_nothing_is_trimmed(self, method: str) -> None:
         options = cases.NOTHING_TRIMMED.get(method, {})
         (full,), (adapter,) = cases.full_updates(1, 8, 6), cases.lora_updates([3], 8, 6)
         assert cases.error(merge_updates([full], method, **options), full) < 1e-12
         assert cases.error(merge_updates([adapter], method, **options), adapter) < 1e-12
 
-    @every_method
+    @pytest.mark.parametrize("method", [name for name in METHODS if name not in cases.ABSOLUTE_STEP])
     @pytest.mark.parametrize("factor", [4.0, 0.3, -1.0])
     def test_homogeneous(self, method: str, factor: float) -> None:
         updates = cases.full_updates(3, 12, 9)
         scaled = merged_tensor([u * factor for u in updates], method)
         assert cases.error(scaled, factor * merged_tensor(updates, method)) < 1e-12
 
-    @every_method
+    @pytest.mark.parametrize("method", [name for name in METHODS if name not in cases.DRAWN_BY_POSITION])
     def test_order_of_the_tasks_does_not_matter(self, method: str) -> None:
         updates = cases.full_updates(3, 12, 9, exponent=1.0)
         for order in ((2, 0, 1), (1, 0, 2)):

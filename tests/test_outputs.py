@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cases
 import families
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from dcmerge_ext import list_methods, merge_checkpoints
 from dcmerge_ext.cli import main
 
-METHODS = list(list_methods())
+METHODS = [name for name in list_methods() if name not in cases.LORA_ONLY]
 BASE = families.toy()
 TUNED = [families.tuned(BASE, seed) for seed in range(2)]
 Capsys = pytest.CaptureFixture[str]

@@ -6,19 +6,24 @@ coordinates U~' U_i = H[:, I_i] with H = (U'U)^(1/2).
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank
+from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.products import gram_float64, wide_product
-from dcmerge_ext.svd import Components
+from dcmerge_ext.svd import Accuracy, Components, Evidence, cost, summarize
 from dcmerge_ext.svd.dense import eigh
-from dcmerge_ext.updates import Updates
+from dcmerge_ext.updates import Updates, UpdateSpec
+
+logger = logging.getLogger(__name__)
 
 _SIDE_BY_SIDE = range(256, 2049)
 """Orders of the cover whose two sides are worked on side by side. Below, handing over costs more (2 ms); above, one side
@@ -56,6 +61,38 @@ class Cover(NamedTuple):
     v: Side
     spectra: list[Tensor]
     """(..., r_i) singular values of each task; 0 marks a null component."""
+
+
+def cover_of_updates(
+    updates: Updates,
+    ranks: Sequence[int],
+    *,
+    name: str,
+    basis_tol: float | None = None,
+    accuracy: Accuracy = "exact",
+    tol: float | None = None,
+    seed: int = 0,
+    key: str = "",
+    oriented: bool = False,
+) -> tuple[Cover, dict[str, Any]]:
+    """The cover of the updates' components by the cheapest route, and facts about the SVDs for the run record.
+
+    In float64 where all updates are LowRank. ``name``: the method's, for warnings where ``key`` is empty. The other
+    arguments are those of :func:`cover_of` and :func:`components_of`. ``oriented``: each pair of singular vectors has
+    the sign that makes the sum of the left one positive, for methods whose result depends on signs.
+    """
+    if updates.all_lowrank and basis_tol is None and not oriented and (cover := factored_cover(updates, ranks)):
+        return cover, summarize([Evidence("factors", ranks[0])] * len(ranks))
+    components, facts = components_of(updates, ranks, accuracy=accuracy, tol=tol, seed=seed, key=key)
+    if facts.get("ties"):
+        logger.warning(
+            "%s: singular values tie at the cut; one of several equally good truncations is used", key or name
+        )
+    if oriented:
+        components = [orient(c) for c in components]
+    dtype = torch.float64 if updates.all_lowrank else updates.dtype
+    round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
+    return cover_of(components, dtype, basis_tol, round_off), facts
 
 
 def cover_of(components: list[Components], dtype: torch.dtype, tol: float | None, round_off: float) -> Cover:
@@ -114,6 +151,55 @@ def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     mixes = _by_blocks(frames, (Z / values[..., None, :]) @ Z.mT)
     left, right = (Side(factors[i], mixes[i], roots[i], values[i].flip(-1)) for i in range(2))
     return Cover(left, right, list(S.unbind(-2)))
+
+
+def orient(components: Components) -> Components:
+    """Each pair of singular vectors with the sign that makes the sum of the left one positive (or zero)."""
+    U, S, Vh = components
+    signs = torch.where(U.sum(-2) < 0, -1.0, 1.0).to(U.dtype)
+    return Components(U * signs[..., None, :], S, Vh * signs[..., :, None])
+
+
+def live_components(spectra: Sequence[Tensor]) -> Tensor:
+    """(..., T) components of each task that are not null."""
+    if len({S.shape[-1] for S in spectra}) == 1:
+        return (torch.stack(list(spectra), dim=-2) > 0).sum(-1)
+    return torch.stack([(S > 0).sum(-1) for S in spectra], dim=-1)
+
+
+def basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
+    """Smallest singular value kept in a cover basis, and directions of live components dropped (worst of a batch)."""
+    kept = values > 0
+    expected = live.sum(-1)
+    smallest = torch.where(kept, values, torch.inf).amin()
+    return {
+        "smallest_kept": float(smallest) if torch.isfinite(smallest) else 0.0,
+        "dropped": int((expected - kept.sum(-1)).clamp(min=0).amax()),
+    }
+
+
+def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:
+    """Rough count for a plan: SVDs, both sides of the cover, T cores, and the way back to the matrix."""
+    *leading, m, n = specs[0].shape
+    k = sum(ranks)
+    decompositions = sum(
+        cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
+        for spec, rank in zip(specs, ranks, strict=True)
+    )
+    # an eigenvector costs as much as 5 products
+    return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
+
+
+def cover_workspace(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> int:
+    """Rough peak of memory for a plan, in elements, of a method that needs no more than the cover and a core or two."""
+    *leading, m, n = specs[0].shape
+    batch, k, q = math.prod(leading), sum(ranks), min(m, n)
+    if all(spec.rank is not None for spec in specs):
+        return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
+    plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
+    one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
+    whitening = 3 * (m + n) * k + 6 * k * k
+    return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
 
 
 def _sound(values: Tensor, worst: float) -> bool:

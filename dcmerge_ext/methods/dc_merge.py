@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -12,26 +10,31 @@ from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext import ops
-from dcmerge_ext.errors import InputError, OptionError
+from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method, Preset
-from dcmerge_ext.methods.cover import Cover, cover_of, factored_cover
+from dcmerge_ext.methods.cover import (
+    Cover,
+    basis_facts,
+    cover_flops,
+    cover_of_updates,
+    cover_workspace,
+    live_components,
+)
 from dcmerge_ext.methods.registry import register
-from dcmerge_ext.methods.spectral import components_of
-from dcmerge_ext.methods.sums import mean_updates
+from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
+from dcmerge_ext.methods.stiefel import stiefel_cover, stiefel_flops
+from dcmerge_ext.methods.sums import mean_instead, zero_update
 from dcmerge_ext.smoothing import smooth_energy
-from dcmerge_ext.svd import Evidence, cost, summarize
 from dcmerge_ext.updates import Updates, UpdateSpec
-
-logger = logging.getLogger(__name__)
 
 _AUTHORS_MATRICES = r"text_projection"
 
-Rank = Annotated[int, Meta(ge=1)]
 Size = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFraction = Annotated[float, Meta(gt=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
+Steps = Annotated[int, Meta(ge=1)]
 AtLeastOne = Annotated[float, Meta(ge=1)]
 
 
@@ -108,6 +111,17 @@ class DCMerge(Method, frozen=True):
         Size | None,
         Meta(description="structural mask. None: one block per task, of size r_i; an int: uniform blocks; 0: no mask"),
     ] = None
+    cover: Annotated[
+        Literal["polar", "stiefel"],
+        Meta(
+            description="basis: the polar factors, or those turned step by step to a maximum of what it keeps of the "
+            "tasks' components (algorithm 2 of the paper, not in the authors' code; the run record holds the objective)"
+        ),
+    ] = "polar"
+    cover_steps: Annotated[
+        Steps | None,
+        Meta(description="cover=stiefel: most steps, 90 k^3 flops each. None: 250, as in the paper's figure"),
+    ] = None
     basis_tol: Annotated[
         Fraction | None,
         Meta(
@@ -135,6 +149,8 @@ class DCMerge(Method, frozen=True):
             raise ValueError("smoothing='interpolate' needs tau, 0 .. 1")
         if self.tol is not None and self.accuracy != "exact":
             raise ValueError(f"tol belongs to accuracy='exact', and accuracy is {self.accuracy!r}")
+        if self.cover_steps is not None and self.cover != "stiefel":
+            raise ValueError(f"cover_steps belongs to cover='stiefel', and cover is {self.cover!r}")
         for option in ("keep", "count_base"):
             if getattr(self, option) is not None and self.aggregate != "ties":
                 raise ValueError(f"{option} belongs to aggregate='ties', and aggregate is {self.aggregate!r}")
@@ -145,38 +161,13 @@ class DCMerge(Method, frozen=True):
     def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
         if len(specs[0].shape) < 2:
             raise InputError(f"dc_merge merges matrices (..., m, n), got an update of shape {specs[0].shape}")
-        if isinstance(self.rank, tuple) and len(self.rank) != num_tasks:
-            raise OptionError(
-                f"rank has {len(self.rank)} entries for {num_tasks} tasks; give one number, or one per task"
-            )
-        q = min(specs[0].shape[-2:])
         preset_rank = self.official is not None and "rank" in self.presets[self.official].options
-        for spec, rank in zip(specs, self._asked(specs), strict=True):
-            # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
-            if rank is not None and rank > q and not preset_rank and spec.rank != 0:
-                raise OptionError(
-                    f"rank {rank} exceeds min(m, n) = {q} of a {' x '.join(map(str, spec.shape))} update; "
-                    "lower it, or give such tensors other options (overrides)"
-                )
+        # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
+        check_ranks(specs, num_tasks, self.rank, at_most_q=not preset_rank)
 
     def ranks(self, specs: Sequence[UpdateSpec], num_tasks: int) -> list[int] | None:
         """Components (slots) kept per task; None where the rule leaves a task none, and the mean is taken instead."""
-        q = min(specs[0].shape[-2:])
-        if num_tasks > q:
-            return None
-        dense = sum(spec.rank is None for spec in specs)
-        lora = sum(min(spec.rank, q) for spec in specs if spec.rank is not None)
-        # All dense: as the authors write it, a float product, truncated.
-        dense_rank = int(q * (1 / num_tasks)) if dense == len(specs) else int((q - lora) / max(dense, 1))
-        ranks = []
-        for spec, asked in zip(specs, self._asked(specs), strict=True):
-            if spec.rank is None:
-                ranks.append(min(asked or dense_rank, q))
-                if ranks[-1] < 1:
-                    return None
-            else:
-                ranks.append(min(asked or q, spec.rank, q))
-        return ranks
+        return component_ranks(specs, num_tasks, self.rank)
 
     def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
         ranks = self.ranks(specs, num_tasks)
@@ -185,20 +176,24 @@ class DCMerge(Method, frozen=True):
     def merge(self, updates: Updates, ctx: Context) -> Update:
         ranks = self.ranks(updates.specs, ctx.num_tasks)
         if ranks is None:
-            ctx.facts["fallback"] = "mean: no component per task fits in min(m, n)"
-            logger.warning(
-                "%s: %d tasks leave a %s matrix no component each; it takes the mean of the updates",
-                ctx.key or "dc_merge",
-                ctx.num_tasks,
-                " x ".join(map(str, updates.shape)),
-            )
-            return mean_updates(updates, ctx.num_tasks)
+            return mean_instead(self.name, updates, ctx)
         if sum(ranks) == 0 or 0 in updates.shape:
-            return _zero(updates)
+            return zero_update(updates)
 
         slots = [r for r in ranks if r]
-        cover = self._cover(updates, ranks, ctx)
-        live = _live(cover.spectra)
+        cover, ctx.facts["svd"] = cover_of_updates(
+            updates,
+            ranks,
+            name=self.name,
+            basis_tol=self.basis_tol,
+            accuracy=self.accuracy,
+            tol=self.tol,
+            seed=self.seed,
+            key=ctx.key,
+        )
+        if self.cover == "stiefel":
+            cover, ctx.facts["cover_objective"] = stiefel_cover(cover, self._steps())
+        live = live_components(cover.spectra)
         spectra = self._smoothed(cover.spectra, updates.all_lowrank)
         sizes = self._block_sizes(slots)
         if self.aggregate == "ties":
@@ -211,27 +206,11 @@ class DCMerge(Method, frozen=True):
         ctx.facts.update(
             rank=live.reshape(-1, live.shape[-1]).amax(0).tolist(),
             cover_rank=sum(slots),
-            cover_u=_basis_facts(cover.u.values, live),
-            cover_v=_basis_facts(cover.v.values, live),
+            cover_u=basis_facts(cover.u.values, live),
+            cover_v=basis_facts(cover.v.values, live),
         )
         left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
         return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
-
-    def _cover(self, updates: Updates, ranks: Sequence[int], ctx: Context) -> Cover:
-        if updates.all_lowrank and self.basis_tol is None and (cover := factored_cover(updates, ranks)):
-            ctx.facts["svd"] = summarize([Evidence("factors", ranks[0])] * len(ranks))
-            return cover
-        components, ctx.facts["svd"] = components_of(
-            updates, ranks, accuracy=self.accuracy, tol=self.tol, seed=self.seed, key=ctx.key
-        )
-        if ctx.facts["svd"].get("ties"):
-            logger.warning(
-                "%s: singular values tie at the cut; one of several equally good truncations is used",
-                ctx.key or "dc_merge",
-            )
-        dtype = torch.float64 if updates.all_lowrank else updates.dtype
-        round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
-        return cover_of(components, dtype, self.basis_tol, round_off)
 
     def _smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
         kind = self.smoothing or ("average" if all_lowrank else "none")
@@ -260,45 +239,22 @@ class DCMerge(Method, frozen=True):
         whole, rest = divmod(cover_rank, self.block_size)
         return [self.block_size] * whole + ([rest] if rest else [])
 
-    def _asked(self, specs: Sequence[UpdateSpec]) -> Sequence[int | None]:
-        return self.rank if isinstance(self.rank, tuple) else [self.rank] * len(specs)
+    def _steps(self) -> int:
+        return 250 if self.cover_steps is None else self.cover_steps
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         ranks = self.ranks(specs, num_tasks)
         if ranks is None:
             return 0.0
-        *leading, m, n = specs[0].shape
-        k = sum(ranks)
-        decompositions = sum(
-            cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
-            for spec, rank in zip(specs, ranks, strict=True)
-        )
-        # two polar factors, T cores, and the way back; an eigenvector costs as much as 5 products
-        return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
+        turning = stiefel_flops(specs, ranks, self._steps()) if self.cover == "stiefel" else 0.0
+        return cover_flops(specs, ranks) + turning
 
     def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
-        *leading, m, n = specs[0].shape
         ranks = self.ranks(specs, num_tasks)
-        batch = math.prod(leading)
-        if ranks is None:
-            return 3 * batch * m * n
-        k, q = sum(ranks), min(m, n)
-        if all(spec.rank is not None for spec in specs):
-            return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
-        plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
-        one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
-        whitening = 3 * (m + n) * k + 6 * k * k
-        return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
+        return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
 
 
 dc_merge = register(DCMerge)
-
-
-def _live(spectra: Sequence[Tensor]) -> Tensor:
-    """(..., T) components of each task that are not null."""
-    if len({S.shape[-1] for S in spectra}) == 1:
-        return (torch.stack(list(spectra), dim=-2) > 0).sum(-1)
-    return torch.stack([(S > 0).sum(-1) for S in spectra], dim=-1)
 
 
 def _ties_blocks(
@@ -319,23 +275,3 @@ def _sum_blocks(cover: Cover, spectra: Sequence[Tensor], sizes: Sequence[int]) -
     left = cover.u.root * torch.cat(list(spectra), dim=-1)[..., None, :]
     rows = zip(torch.split(left, list(sizes), dim=-2), torch.split(cover.v.root, list(sizes), dim=-2), strict=True)
     return [u @ v.mT for u, v in rows]
-
-
-def _basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
-    """Smallest singular value kept in a cover basis, and directions of live components dropped (worst of a batch)."""
-    kept = values > 0
-    expected = live.sum(-1)
-    smallest = torch.where(kept, values, torch.inf).amin()
-    return {
-        "smallest_kept": float(smallest) if torch.isfinite(smallest) else 0.0,
-        "dropped": int((expected - kept.sum(-1)).clamp(min=0).amax()),
-    }
-
-
-def _zero(updates: Updates) -> Update:
-    """Of no components, or of an empty batch."""
-    if not updates.all_lowrank:
-        return torch.zeros(updates.shape, dtype=updates.dtype, device=updates[0].device)
-    *leading, m, n = updates.shape
-    left = torch.zeros(*leading, m, 0, dtype=updates.dtype, device=updates[0].device)
-    return LowRank(left, left.new_zeros(*leading, 0, n))

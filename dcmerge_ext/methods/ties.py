@@ -10,10 +10,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext import ops
-from dcmerge_ext.lowrank import LowRank, Update
+from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.selection import Selection
+from dcmerge_ext.methods.stacks import dense_update, numel, stack_updates
 from dcmerge_ext.updates import Updates
 
 
@@ -72,14 +73,14 @@ class Ties(Method, frozen=True):
 
     def survey(self, key: str, updates: Updates, state: Selection | _Majority) -> None:
         if isinstance(state, _Majority):
-            merged_sign = _elected_sign(_stack(updates, state.thresholds.dtype), state.thresholds)
+            merged_sign = _elected_sign(stack_updates(updates, state.thresholds.dtype), state.thresholds)
             state.sign_sum += int(merged_sign.sum(dtype=torch.float64))
             return
         for i, spec in enumerate(updates.specs):
             if spec.rank == 0:  # a task that does not touch this tensor
-                state.add_zeros(i, _numel(spec.shape))
+                state.add_zeros(i, numel(spec.shape))
             else:
-                state.add(i, _dense(updates[i]))
+                state.add(i, dense_update(updates[i]))
 
     def finish(self, state: Selection | _Majority) -> Selection | _Majority | _Elected:
         if isinstance(state, _Majority):
@@ -90,7 +91,7 @@ class Ties(Method, frozen=True):
 
     def merge(self, updates: Updates, ctx: Context) -> Update:
         elected: _Elected = ctx.state
-        stack = _stack(updates, elected.thresholds.dtype)
+        stack = stack_updates(updates, elected.thresholds.dtype)
         # A zero majority selects the negative entries, as the published code does.
         merged = ops.elect(
             stack, elected.thresholds.to(stack.device), zero_sum=elected.sign or -1, reduce=self.disjoint
@@ -106,24 +107,3 @@ def _elected_sign(stack: Tensor, thresholds: Tensor) -> Tensor:
     for task, threshold in zip(stack, thresholds.to(stack.device), strict=True):  # in the order in which ops.elect adds
         total += torch.where(task.abs() >= threshold, task, 0)
     return total.sign()
-
-
-def _stack(updates: Updates, dtype: torch.dtype) -> Tensor:
-    """(T, 1, N)"""
-    stack = None
-    for i, spec in enumerate(updates.specs):
-        if spec.rank == 0:
-            continue
-        dense = _dense(updates[i])
-        if stack is None:
-            stack = torch.zeros(len(updates), 1, dense.numel(), dtype=dtype, device=dense.device)
-        stack[i, 0] = dense.reshape(-1)
-    return torch.zeros(len(updates), 1, _numel(updates.shape), dtype=dtype) if stack is None else stack
-
-
-def _dense(update: Update) -> Tensor:
-    return update.dense() if isinstance(update, LowRank) else update
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

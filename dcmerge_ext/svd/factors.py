@@ -18,8 +18,8 @@ def factored(A: LowRank, rank: int) -> tuple[Components, Evidence]:
     *leading, m, n = A.shape
     source = A.dtype if A.dtype == torch.float64 else torch.float32
     tolerance = float(torch.finfo(source).eps * max(A.rank, 1) ** 0.5)  # the factors carry their dtype's round-off
-    left_q, left_r = _thin_qr(A.left.double())
-    right_q, right_r = _thin_qr(A.right.double().mT)
+    left_q, left_r = thin_qr(A.left.double())
+    right_q, right_r = thin_qr(A.right.double().mT)
     u, S, vh = svd(left_r @ right_r.mT)
     slots = min(rank, S.shape[-1])
     evidence = Evidence("factors", S.shape[-1])
@@ -34,7 +34,7 @@ def factored(A: LowRank, rank: int) -> tuple[Components, Evidence]:
     return Components(U, S, Vh), evidence
 
 
-def _thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
+def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
     """Q (..., m, r) and upper triangular R of float64 (..., m, r), by two passes of CholeskyQR over the whole batch.
 
     Householder's QR, 5 times slower on such shapes, where the columns are nearly dependent or r exceeds m.
