@@ -128,11 +128,10 @@ def perturb_directions(
     largest = U.abs().argmax(-2, keepdim=True)
     signs = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0).double()
     U, Vh = U * signs, Vh * signs.mT
-    live = (S[..., None, :count] > 0).double()
     turned = []
     for side, basis in enumerate((U[..., :count], Vh[..., :count, :].mT)):
         other = _complement(basis, seed=seed, key=key, task=task, stream=side * _BITS)
-        turned.append(dir_sim**0.5 * basis + (1 - dir_sim) ** 0.5 * other * live)
+        turned.append(dir_sim**0.5 * basis + (1 - dir_sim) ** 0.5 * other)
     left, right = turned
     return _assemble(left * S[..., None, :count], right.mT, update)
 

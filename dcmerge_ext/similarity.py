@@ -81,13 +81,13 @@ def cos_sim(a: Update | Components, b: Update | Components) -> Tensor:
         return _cosine(gram[..., 0, 1], gram[..., 0, 0].sqrt(), gram[..., 1, 1].sqrt())
     if isinstance(a, Tensor):
         a, b = b, a
-    first = components_of_one("cos_sim", a)
+    first = _relative(components_of_one("cos_sim", a))
     if isinstance(b, Tensor):
         b = _near_one(_at_least_single(b))
         image = wide_product(b, (first.S[..., None] * first.Vh).mT)  # B V diag(s)
         norm = torch.linalg.vector_norm(b, dim=(-2, -1), dtype=torch.float64)
         return _cosine((first.U * image).sum((-2, -1)), _norm(first.S), norm)
-    second = components_of_one("cos_sim", b)
+    second = _relative(components_of_one("cos_sim", b))
     R = (first.U.mT @ second.U) * (first.Vh @ second.Vh.mT)
     return _cosine((first.S[..., None, :] @ R @ second.S[..., None])[..., 0, 0], _norm(first.S), _norm(second.S))
 
@@ -205,14 +205,14 @@ class _Projection(NamedTuple):
 def _project(
     function: str, update: Update | Components, merged: Update | Components, rank: int | None, tol: float | None
 ) -> _Projection:
-    task = components_of_one(function, update, rank, tol)
+    task = _relative(components_of_one(function, update, rank, tol))
     m, n = _shape(merged)[-2:]
     if isinstance(merged, Tensor):
         merged = _near_one(_at_least_single(merged))
         norm = torch.linalg.vector_norm(merged, dim=(-2, -1), dtype=torch.float64)
         image: Update = wide_product(merged.mT, task.U).mT
     else:
-        whole = components_of_one(function, merged)
+        whole = _relative(components_of_one(function, merged))
         norm = _norm(whole.S)
         image = LowRank(task.U.mT @ whole.U, whole.S[..., None] * whole.Vh)
     U, S, Vh = components_of_one(function, image)
@@ -232,6 +232,12 @@ def _cosine(inner: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def _norm(S: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(S, dim=-1)
     return norm
+
+
+def _relative(x: Components) -> Components:
+    """With singular values as fractions of the largest: their products stay in the range of any dtype."""
+    largest = x.S[..., :1]
+    return Components(x.U, x.S / torch.where(largest > 0, largest, 1), x.Vh)
 
 
 def _near_one(x: Tensor) -> Tensor:

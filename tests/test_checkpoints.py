@@ -211,7 +211,7 @@ class TestContent:
             expected = BASE[name].double() + 1.5 * mean_update(name)
             torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
 
-    @pytest.mark.parametrize("method", MATRIX)
+    @pytest.mark.parametrize("method", [name for name in MATRIX if list_methods()[name].scope == "matrix"])
     def test_stacks_of_experts_are_batches_of_matrices(
         self, method: str, family: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

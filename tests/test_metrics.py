@@ -156,11 +156,12 @@ class TestIdentities:
         close(measure(a, b), measure(b, a), 1e-13)
 
     @every_measure
-    @pytest.mark.parametrize("factor", [1e-30, 0.3, 1e20])
-    @pytest.mark.parametrize("form", ["lowrank", "dense"])
-    def test_scales_do_not_matter(self, measure: Measure, factor: float, form: str) -> None:
+    @pytest.mark.parametrize(("factor", "other"), [(1e-30, 1e30), (0.3, 7.0), (1e200, 1e200), (1e-200, 1e-200)])
+    @pytest.mark.parametrize("first", ["lowrank", "dense"])
+    @pytest.mark.parametrize("second", ["lowrank", "dense"])
+    def test_scales_do_not_matter(self, measure: Measure, factor: float, other: float, first: str, second: str) -> None:
         a, b = cases.lora_updates([3, 4], 12, 9)
-        close(measure(FORMS[form](a * factor), FORMS[form](b * (1 / factor))), measure(a, b), 1e-12)
+        close(measure(FORMS[first](a * factor), FORMS[second](b * other)), measure(a, b), 1e-12)
 
     def test_r_of_an_update_with_itself(self) -> None:
         (update,) = cases.full_updates(1, 12, 9)
@@ -172,6 +173,9 @@ class TestIdentities:
 
     def test_orthogonal_updates(self) -> None:
         P, Q = cases.orthonormal(12, 6, 1), cases.orthonormal(9, 6, 2)
+        a, b = (LowRank(P[:, i], Q[:, i].T) for i in (slice(0, 3), slice(3, 6)))
+        for x, y in ((a.dense().float(), b.dense()), (a.to(torch.float32), b), (a.dense(), b.dense().float())):
+            assert projected_dir_sim(x, y) == projected_cos_sim(x, y) == 0  # to the digits of the coarser of the two
         for dtype in (torch.float32, torch.float64):
             a, b = (LowRank(P[:, i].to(dtype), Q[:, i].T.to(dtype)) for i in (slice(0, 3), slice(3, 6)))
             for measure in MEASURES:
@@ -294,9 +298,16 @@ class TestDegenerate:
             close(found, float((a * b).sign()), 1e-14)
 
     @every_measure
-    def test_float32_beyond_the_range_of_its_squares(self, measure: Measure) -> None:
-        a, b = cases.full_updates(2, 12, 9, dtype=torch.float32)
-        close(measure(a * 1e25, b * 1e-30), measure(a, b), 1e-5)
+    @pytest.mark.parametrize(("factor", "other"), [(1e25, 1e-30), (1e25, 1e25), (1e-30, 1e-30)])
+    @pytest.mark.parametrize("first", ["lowrank", "dense"])
+    @pytest.mark.parametrize("second", ["lowrank", "dense"])
+    def test_float32_beyond_the_range_of_its_squares(
+        self, measure: Measure, factor: float, other: float, first: str, second: str
+    ) -> None:
+        a, b = cases.lora_updates([4, 4], 12, 9, dtype=torch.float32)
+        options = {} if measure is cos_sim else {"rank": 4}
+        found = measure(FORMS[first](a * factor), FORMS[second](b * other), **options)
+        close(found, measure(a, b), 1e-5)
 
 
 class TestErrors:

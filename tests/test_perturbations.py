@@ -15,7 +15,7 @@ from dcmerge_ext import LowRank, truncated_svd
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.metrics import cos_sim, dir_sim
-from dcmerge_ext.perturbations import perturb_directions, perturb_energy, perturb_spectrum
+from dcmerge_ext.perturbations import _complement, perturb_directions, perturb_energy, perturb_spectrum
 
 FORMS: dict[str, Callable[[Update], Update]] = {"lowrank": lambda u: u, "dense": cases.dense}
 both_forms = pytest.mark.parametrize("form", FORMS)
@@ -125,6 +125,11 @@ class TestDirections:
         (update,) = cases.full_updates(1, m, n)
         turned = perturb_directions(update, 0.3, rank=rank, seed=seed)
         close(dir_sim(cases.truncated(update, rank), turned), 0.3)
+
+    def test_random_columns_near_the_basis_are_made_orthogonal_to_it_all_the_same(self) -> None:
+        basis = cases.orthonormal(2, 1, 5)
+        columns = torch.cat([_complement(basis, seed=s, key="", task=0, stream=0) for s in range(400)], 1)
+        assert (basis.T @ columns).abs().max() < 1e-15
 
     @both_forms
     def test_fewer_components_than_columns(self, form: str) -> None:

@@ -19,7 +19,11 @@ from dcmerge_ext.errors import InputError, OptionError
 METHODS = [name for name in list_methods() if name not in cases.LORA_ONLY]
 BASE = families.toy()
 TUNED = [families.tuned(BASE, seed) for seed in range(3)]
-MATRICES = [name for name, values in BASE.items() if values.ndim == 2 and values.is_floating_point() and values.numel()]
+MATRICES = [
+    name
+    for name, values in BASE.items()
+    if (values.ndim == 2 or "experts" in name) and values.is_floating_point() and values.numel()
+]
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -239,6 +239,13 @@ class TestDegenerate:
         merged = dc_merge([update, update], cover="stiefel", **options)
         assert cases.error(merged, dc_merge([update, update], **options)) < 1e-6
 
+    def test_near_copies_keep_their_sum(self) -> None:
+        (update,) = cases.full_updates(1, 20, 16)
+        pair = [update, update + 1e-4 * cases.normal(20, 16, seed=3)]
+        options = {"rank": 4, "smoothing": "none", "aggregate": "sum"}
+        assert cases.error(dc_merge(pair, cover="stiefel", **options), 2 * cases.truncated(update, 4)) < 2e-3
+        assert cases.error(dc_merge(pair, **options), 2 * cases.truncated(update, 4)) > 0.7
+
     def test_a_zero_update_takes_no_part(self) -> None:
         updates = updates_of(20, 16, 2, 3, 1)
         with_zero, facts = facts_of([*updates, torch.zeros(20, 16, dtype=torch.float64)], rank=3, **SUM)

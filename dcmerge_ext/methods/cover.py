@@ -41,7 +41,7 @@ class Side(NamedTuple):
     mix: Tensor | None
     """(..., K, k) in float64; None is the identity."""
     root: Tensor
-    """(..., k, k): H"""
+    """(..., k, k): U~'U, which is H for a polar cover."""
     values: Tensor
     """(..., k) singular values of U, descending, dropped ones 0."""
 
@@ -89,7 +89,7 @@ def cover_of_updates(
             "%s: singular values tie at the cut; one of several equally good truncations is used", key or name
         )
     if oriented:
-        components = [orient(c) for c in components]
+        components = [_oriented(c) for c in components]
     dtype = torch.float64 if updates.all_lowrank else updates.dtype
     round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
     return cover_of(components, dtype, basis_tol, round_off), facts
@@ -153,8 +153,7 @@ def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     return Cover(left, right, list(S.unbind(-2)))
 
 
-def orient(components: Components) -> Components:
-    """Each pair of singular vectors with the sign that makes the sum of the left one positive (or zero)."""
+def _oriented(components: Components) -> Components:
     U, S, Vh = components
     signs = torch.where(U.sum(-2) < 0, -1.0, 1.0).to(U.dtype)
     return Components(U * signs[..., None, :], S, Vh * signs[..., :, None])

@@ -36,8 +36,14 @@ def stiefel_cover(cover: Cover, steps: int) -> tuple[Cover, list[list[float]]]:
     """The cover turned, inside its span, to a maximum of L; and L before and after each step, per matrix of the batch.
 
     Starts from the polar factors, not from the singular vectors of the sum of the updates as the paper does: L takes no
-    notice of the order of the basis vectors, and from there each one stays that of its component, which the structural
-    mask needs. Where L has several maxima, it is the one nearby. Task order does not matter.
+    notice of the order of the basis vectors, which the structural mask needs. From there each one stays that of its
+    component where k is well below min(m, n); where it is as large, a fifth went over to components of other tasks
+    (measured at k = 192 and 384), and the mask drops those. Where L has several maxima, it is the one nearby. Task order
+    does not matter.
+
+    L gives a direction that tasks nearly share to one basis vector, where the polar factors halve it among them: the
+    masked sum of near copies of a task is their sum, that of the polar cover half of it and noise. Exact copies (to about
+    1e-5) are a saddle, where no step is taken: round-off would choose.
 
     ``root`` of the new sides is U~' U, no longer symmetric. Directions dropped from a rank-deficient basis stay dropped.
     """
@@ -66,7 +72,8 @@ def ascend(
 
     The gradient is dL/dX = 2 X G, G = P (P o Q o Q)'; its tangent part X (G - G') is divided by the curvature that a
     turn of the plane (a, c) meets near the maximum, g_a + g_c with g the diagonal of G, so that no step size is to be
-    chosen. A step is X <- X polar(I + K), halved until L does not fall: 90 k^3 flops, and 16 k^2 numbers.
+    chosen. A step is X <- X polar(I + K), halved until L does not fall: 90 k^3 flops, and 16 k^2 numbers. On one core it
+    takes 0.03 s at k = 192 and 0.2 s at 384; adapters come to rest within some tens, full fine-tunes take all 250.
     """
     k = P.shape[-1]
     eye = torch.eye(k, dtype=P.dtype, device=P.device)
