@@ -337,13 +337,16 @@ NOTHING_TRIMMED: dict[str, dict[str, Any]] = {
 }
 
 # Methods whose steps do not grow with the updates.
-ABSOLUTE_STEP = {"wudi"}
+ABSOLUTE_STEP = {"doge", "wudi"}
 
 # Methods that give a single task one singular value, too.
 FLATTENED = {"iso_c", "iso_cts"}
 
 # Methods of LoRA factors, which refuse full updates.
 LORA_ONLY = {"core_space", "robust_merge"}
+
+# Methods whose result of LowRank updates has the largest of their ranks, not the sum.
+LARGEST_RANK = {"robust_merge"}
 
 # Methods that draw anew for each position of a task.
 DRAWN_BY_POSITION = {"dare"}
