@@ -27,6 +27,7 @@ HOST_KERNELS = Source("cpu", host_kernels.load, lambda: host_kernels.load().desc
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
+        choices=["reference", "cpu", "cuda_host"],
         help="force one backend for every test: reference, cpu, or cuda_host (the CUDA kernels, run on the host)",
     )
 

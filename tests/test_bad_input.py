@@ -531,7 +531,7 @@ class TestOptions:
         ("given", "says"),
         [
             (["--method", "dc_merg"], ["unknown method 'dc_merg'", "did you mean 'dc_merge'?"]),
-            (["--method", "slerp"], ["unknown method 'slerp'", "known: averaging, dc_merge"]),
+            (["--method", "slerp"], ["unknown method 'slerp'", "known: averaging, consensus"]),
             (["--set", "smoothin=none"], ["no option 'smoothin'", "did you mean 'smoothing'?"]),
             (["--set", "keep=0"], ["keep"]),
             (["--set", "keep=1.01"], ["keep"]),

@@ -11,6 +11,14 @@ from machine_code import ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(bool(machine_code.missing()), reason=machine_code.missing())
 
+
+@pytest.fixture(autouse=True)
+def _every_architecture() -> None:
+    built = sorted({kernel.architecture for kernel in machine_code.kernels()})
+    if built != sorted(ARCHITECTURES):
+        pytest.skip(f"built for {built}; these tests need the default architectures: unset CUDAARCHS and install again")
+
+
 WIDE = {
     r"elect_matrices<float 4 .*": ("LDG", "STG"),
     r"elect_matrices<double 2 .*": ("LDG", "STG"),

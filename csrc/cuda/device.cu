@@ -15,7 +15,8 @@ std::string description() {
         throw std::runtime_error("the CUDA driver supports CUDA " + std::to_string(driver / 1000) +
                                  ", this build needs CUDA " + std::to_string(CUDART_VERSION / 1000) +
                                  ": update the driver, or build with an older toolkit");
-    check(cudaGetDeviceCount(&devices), "CUDA devices");
+    const cudaError_t counted = cudaGetDeviceCount(&devices);
+    if (counted != cudaErrorNoDevice) check(counted, "CUDA devices (see nvidia-smi)");
     if (devices == 0) throw std::runtime_error("no CUDA device is visible");
     return "CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) + ", " +
            std::to_string(devices) + (devices == 1 ? " device" : " devices");
