@@ -392,8 +392,15 @@ class TestInfo:
         assert "OpenMP" in text
 
     def test_an_unknown_backend_is_status_1(
-        self, family: Family, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+        self,
+        family: Family,
+        tmp_path: Path,
+        capsys: Capsys,
+        monkeypatch: pytest.MonkeyPatch,
+        request: pytest.FixtureRequest,
     ) -> None:
+        if request.config.getoption("--backend"):
+            pytest.skip("--backend wins over the environment")
         base, models, _ = family
         monkeypatch.setenv("DCMERGE_BACKEND", "cudaa")
         families.refused(

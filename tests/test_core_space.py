@@ -310,7 +310,7 @@ class TestNull:
 
     def test_more_tasks_than_rows_give_the_mean(self, caplog: pytest.LogCaptureFixture) -> None:
         updates = cases.lora_updates([1] * 5, 3, 8)
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="dcmerge_ext"):
             merged = core_space(updates, isotropic=False)
         assert "takes the mean" in caplog.text
         assert cases.error(merged, averaging(updates)) < 1e-13

@@ -376,14 +376,14 @@ class TestDegenerate:
         """Orthogonal tasks: all singular values of their bases are 1, and P keeps some of them."""
         P, Q = cases.orthonormal(12, 12, 1), cases.orthonormal(12, 12, 2)
         updates = [P[:, i] * torch.arange(6.0, 0, -1).double() @ Q[:, i].T for i in (slice(0, 6), slice(6, 12))]
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="dcmerge_ext"):
             doge(cases.full_updates(2, 12, 12))
             assert not caplog.messages
             merge_updates({"w": updates}, "doge")
         assert caplog.messages == ["w: shared directions tie at the cut; one of several equally good subspaces is used"]
 
     def test_steps_too_long_for_the_updates_are_told(self, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="dcmerge_ext"):
             merge_updates({"w": [0.1 * u for u in cases.full_updates(2, 12, 9)]}, "doge")
             assert not caplog.messages
             merge_updates({"w": [1e-4 * u for u in cases.full_updates(2, 12, 9)]}, "doge", lr=1e-2)

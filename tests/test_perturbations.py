@@ -95,7 +95,7 @@ class TestEnergy:
 
     def test_warns_where_directions_flip(self, caplog: pytest.LogCaptureFixture) -> None:
         update = LowRank(cases.orthonormal(9, 4, 1) * SPECTRUM, cases.orthonormal(8, 4, 2).T)
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="dcmerge_ext"):
             turned = perturb_energy(update, 0.3)
         assert "at cos_sim 0.3 1 of 4 singular values turn negative" in caplog.text
         close(cos_sim(update, turned), 0.3)

@@ -337,7 +337,7 @@ class TestDegenerate:
 
     def test_more_tasks_than_rows_take_the_mean(self, caplog: pytest.LogCaptureFixture) -> None:
         updates = cases.full_updates(5, 3, 4)
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="dcmerge_ext"):
             merged = merge_updates({"w": updates}, "score")["w"]
         assert cases.error(merged, torch.stack(updates).mean(0)) < 1e-14
         assert caplog.messages == [

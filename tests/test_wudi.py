@@ -274,7 +274,7 @@ class TestDegenerate:
         assert cases.error(wudi(updates), published(updates)) < 1e-8
 
     def test_steps_too_long_for_the_updates_are_told(self, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="dcmerge_ext"):
             merge_updates({"w": fine_tunes(2, 12, 9)}, "wudi")
             assert not caplog.messages
             merge_updates({"w": [1e-6 * u for u in fine_tunes(2, 12, 9)]}, "wudi")
