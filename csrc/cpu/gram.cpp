@@ -26,7 +26,7 @@ constexpr int64_t kCache = 1 << 16;  // doubles of a run: half a megabyte
 constexpr int64_t kShortest = 64;
 constexpr int64_t kLongest = 1024;
 constexpr int64_t kAlone = 1 << 24;  // multiplications that end sooner than other threads start (0.4 ms)
-constexpr int64_t kPieces = 8;  // of a run, for the threads that convert it
+constexpr int64_t kPieces = 8;       // of a run, for the threads that convert it
 
 namespace portable {
 constexpr int kRows = 4;
