@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from dcmerge_ext.backends import for_device
+from dcmerge_ext.reference import CHUNK
 
 _PARTS = 4
-_CHUNK = 1 << 17
-"""Elements converted to float64 at a time: 1 MiB, a second-level cache."""
 _LITTLE_CANCELS = 16
 """Product of the operands' norms against that of the result, times sqrt(k) for factors that cancel nothing."""
 
@@ -53,7 +52,7 @@ def wide_product(A: Tensor, B: Tensor) -> Tensor:
         torch.mm(rows, right.to(A.dtype), out=place)
         if rows.norm() * right.norm() < _LITTLE_CANCELS * k**0.5 * place.norm():
             continue
-        step = max(64, _CHUNK // max(k, n, 1))
+        step = max(64, CHUNK // max(k, n, 1))
         for begin in range(0, m, step):
             place[begin : begin + step] = rows[begin : begin + step].double() @ right
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_CHUNK = 1 << 17
+CHUNK = 1 << 17
 """Elements converted to float64 at a time: 1 MiB, a second-level cache."""
 prefers_products = False
 
@@ -144,7 +144,7 @@ def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
 
 def gram(x: Tensor) -> Tensor:
     total = x.new_zeros(len(x), len(x), dtype=torch.float64)
-    for piece in torch.split(x, max(64, _CHUNK // max(len(x), 1)), dim=1):
+    for piece in torch.split(x, max(64, CHUNK // max(len(x), 1)), dim=1):
         wide = piece.double()
         total.addmm_(wide, wide.mT)
     return total

@@ -18,7 +18,7 @@ from dcmerge_ext.products import gram_float64, wide_product
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
 from dcmerge_ext.svd import Components, decompose
 from dcmerge_ext.svd.components import null_tolerance, truncate
-from dcmerge_ext.updates import count_nonfinite
+from dcmerge_ext.updates import compute_dtype, count_nonfinite
 
 
 def r_matrix(
@@ -245,8 +245,7 @@ def _near_one(x: Tensor) -> Tensor:
 
 
 def _at_least_single(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x if x.dtype == torch.float64 else x.float()
+    return x.detach().to(compute_dtype(x.dtype))
 
 
 def _shape(x: Update | Components) -> torch.Size:
@@ -255,8 +254,7 @@ def _shape(x: Update | Components) -> torch.Size:
 
 def _dtype(x: Update | Components) -> torch.dtype:
     """Of the entries as they are decomposed: half precision in float32."""
-    dtype = x.S.dtype if isinstance(x, Components) else x.dtype
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return compute_dtype(x.S.dtype if isinstance(x, Components) else x.dtype)
 
 
 def _check_pair(function: str, a: Update | Components, b: Update | Components) -> None:

@@ -137,7 +137,7 @@ def builds_of(suite: Suite, factory: pytest.TempPathFactory) -> Callable[[str], 
 
 
 def includes(file: Path, suite: Suite) -> set[Path]:
-    """The file and what it includes, directly or not, of what is below the suite's folders."""
+    """The file and what it includes, directly or not, by name or by a macro, of what is below the suite's folders."""
     found: set[Path] = set()
     waiting = [file]
     while waiting:
@@ -145,7 +145,7 @@ def includes(file: Path, suite: Suite) -> set[Path]:
         if file in found:
             continue
         found.add(file)
-        for name in re.findall(r'#include "(.+)"', file.read_text()):
+        for name in re.findall(r'#(?:include|define \w+) "(.+)"', file.read_text()):
             waiting += [path for folder in suite.folders if (path := ROOT / folder / name).exists()][:1]
     return found
 

@@ -17,7 +17,7 @@ from dcmerge_ext import LowRank, merge_updates
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import Context, create, score
-from dcmerge_ext.methods.cover import cover_of, live_components
+from dcmerge_ext.methods.cover import cover_of, cover_of_updates, live_components
 from dcmerge_ext.svd import Components
 from dcmerge_ext.updates import Updates, UpdateSpec
 
@@ -269,7 +269,7 @@ class TestIdentities:
             (cases.full_updates(2, 24, 8), [8, 8]),
         ):
             chosen = Updates.of(updates)
-            cover, _ = MODULE.cover_of_updates(chosen, ranks, name="score")
+            cover, _ = cover_of_updates(chosen, ranks, name="score")
             U, V = cover.u.basis(), cover.v.basis()
             begin = 0
             for update, rank, S in zip(updates, ranks, cover.spectra, strict=True):

@@ -245,5 +245,14 @@ class TestTheCommand:
     def test_a_scale(self, arguments: list[str | Path], evaluation: Path, tmp_path: Path, capsys: Capsys) -> None:
         refused(
             capsys, tmp_path, *arguments, "--out", tmp_path / "best", "--evaluate", f"{evaluation}:score",
-            "--scale", "1", command="sweep", says=["--scale: is what sweep searches; give --scales"],
+            "--scale", "1", command="sweep", says=["scale is what a sweep searches; give scales (--scales)"],
+        )  # fmt: skip
+
+    def test_a_scale_in_the_configuration_file(
+        self, arguments: list[str | Path], evaluation: Path, tmp_path: Path, capsys: Capsys
+    ) -> None:
+        (tmp_path / "merge.yaml").write_text("scale: 1.5\n")
+        refused(
+            capsys, tmp_path, *arguments, "--out", tmp_path / "best", "--evaluate", f"{evaluation}:score",
+            "--config", tmp_path / "merge.yaml", command="sweep", says=["scale is what a sweep searches"],
         )  # fmt: skip

@@ -14,10 +14,8 @@
 #include "cpu/gram_internal.h"
 #include "cpu/parallel.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define DCM_X86 1
-#include <immintrin.h>
-#endif
+#define DCM_TILES "cpu/gram_tile.h"
+#include "cpu/instruction_sets.h"
 
 namespace dcmerge::cpu {
 namespace {
@@ -27,78 +25,6 @@ constexpr int64_t kShortest = 64;
 constexpr int64_t kLongest = 1024;
 constexpr int64_t kAlone = 1 << 24;  // multiplications that end sooner than other threads start (0.4 ms)
 constexpr int64_t kPieces = 8;       // of a run, for the threads that convert it
-
-namespace portable {
-constexpr int kRows = 4;
-constexpr int kPanels = 2;
-struct Vector {
-    static constexpr int kWidth = 2;
-    double lane[kWidth];
-    static Vector load(const double* p) { return {{p[0], p[1]}}; }
-    void store(double* p) const {
-        p[0] = lane[0];
-        p[1] = lane[1];
-    }
-    static Vector broadcast(double x) { return {{x, x}}; }
-    static Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
-        for (int i = 0; i < kWidth; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-        return c;
-    }
-};
-#include "cpu/gram_tile.h"
-}  // namespace portable
-
-#ifdef DCM_X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-constexpr int kRows = 4;
-constexpr int kPanels = 3;
-struct Vector {
-    static constexpr int kWidth = 4;
-    __m256d v;
-    static Vector load(const double* p) { return {_mm256_loadu_pd(p)}; }
-    void store(double* p) const { _mm256_storeu_pd(p, v); }
-    static Vector broadcast(double x) { return {_mm256_set1_pd(x)}; }
-    static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
-        return {_mm256_fmadd_pd(a.v, b.v, c.v)};
-    }
-};
-#include "cpu/gram_tile.h"
-}  // namespace avx2
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f")
-#endif
-namespace avx512 {
-constexpr int kRows = 8;
-constexpr int kPanels = 3;
-struct Vector {
-    static constexpr int kWidth = 8;
-    __m512d v;
-    static Vector load(const double* p) { return {_mm512_loadu_pd(p)}; }
-    void store(double* p) const { _mm512_storeu_pd(p, v); }
-    static Vector broadcast(double x) { return {_mm512_set1_pd(x)}; }
-    static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
-        return {_mm512_fmadd_pd(a.v, b.v, c.v)};
-    }
-};
-#include "cpu/gram_tile.h"
-}  // namespace avx512
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // DCM_X86
 
 // Columns begin .. end-1 of X as wide[column, row], rows beyond the last zero (the caller's).
 void convert(const GramParams& p, int64_t begin, int64_t end, int64_t stride, double* wide) {

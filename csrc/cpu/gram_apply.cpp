@@ -9,110 +9,19 @@
 #include "kernels/gram_apply.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "cpu/gram_apply_internal.h"
 #include "cpu/parallel.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define DCM_X86 1
-#include <immintrin.h>
-#endif
+#define DCM_TILES "cpu/gram_apply_tile.h"
+#include "cpu/instruction_sets.h"
 
 namespace dcmerge::cpu {
 namespace {
 
 constexpr int64_t kSlice = 384;
 constexpr int64_t kPanel = 48;
-
-namespace portable {
-constexpr int kRows = 4;
-constexpr int kPanels = 2;
-struct Vector {
-    static constexpr int kWidth = 4;
-    float lane[kWidth];
-    static Vector load(const float* p) {
-        Vector v;
-        std::memcpy(v.lane, p, sizeof v.lane);
-        return v;
-    }
-    void store(float* p) const { std::memcpy(p, lane, sizeof lane); }
-    static Vector broadcast(float x) { return {{x, x, x, x}}; }
-    static Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
-        for (int i = 0; i < kWidth; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-        return c;
-    }
-    float sum() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
-};
-#include "cpu/gram_apply_tile.h"
-}  // namespace portable
-
-#ifdef DCM_X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-constexpr int kRows = 4;
-constexpr int kPanels = 3;
-struct Vector {
-    static constexpr int kWidth = 8;
-    __m256 v;
-    static Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
-    void store(float* p) const { _mm256_storeu_ps(p, v); }
-    static Vector broadcast(float x) { return {_mm256_set1_ps(x)}; }
-    static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
-        return {_mm256_fmadd_ps(a.v, b.v, c.v)};
-    }
-    float sum() const {
-        const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
-        return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-    }
-};
-#include "cpu/gram_apply_tile.h"
-}  // namespace avx2
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f")
-#endif
-namespace avx512 {
-constexpr int kRows = 8;
-constexpr int kPanels = 3;
-struct Vector {
-    static constexpr int kWidth = 16;
-    __m512 v;
-    static Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    void store(float* p) const { _mm512_storeu_ps(p, v); }
-    static Vector broadcast(float x) { return {_mm512_set1_ps(x)}; }
-    static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
-        return {_mm512_fmadd_ps(a.v, b.v, c.v)};
-    }
-    // The order of _mm512_reduce_add_ps, in which g++ 12 starts from an undefined register, slower and with a warning.
-    float sum() const {
-        float lane[kWidth];
-        store(lane);
-        const __m256 half = _mm256_add_ps(_mm256_loadu_ps(lane), _mm256_loadu_ps(lane + 8));
-        const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-        const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
-        return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-    }
-};
-#include "cpu/gram_apply_tile.h"
-}  // namespace avx512
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // DCM_X86
 
 }  // namespace
 

@@ -1,6 +1,6 @@
-// gram_apply_tile.h - the two register tiles of gram_apply.cpp, included once for each instruction set: the enclosing
-// namespace defines Vector (kWidth floats with load, store, fused or plain multiply-add, broadcast, sum), kRows and
-// kPanels, such that kRows * kPanels accumulators fit in the registers.
+// gram_apply_tile.h - the two register tiles of gram_apply.cpp, for each instruction set (instruction_sets.h).
+
+using Vector = FloatVector;
 
 // w[j, r] = sum_k x[r, k] a[j, k]
 inline void images(const float* x, const float* a, int64_t n, int64_t rows, float* w) {

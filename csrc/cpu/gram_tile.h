@@ -1,6 +1,7 @@
-// gram_tile.h - the register tile of gram.cpp, included once for each instruction set: the enclosing namespace defines
-// Vector (kWidth doubles with load, store, fused or plain multiply-add, broadcast), kRows (a multiple of kWidth) and
-// kPanels, such that kRows * kPanels accumulators fit in the registers.
+// gram_tile.h - the register tile of gram.cpp, for each instruction set (instruction_sets.h).
+
+using Vector = DoubleVector;
+static_assert(kRows % Vector::kWidth == 0, "rows of a tile are columns of another");
 
 // y[r, c] += sum_k w[k, r] a[k, c] for kRows rows and kCount * kWidth columns; `stride` is that of w and a.
 template <int kCount>

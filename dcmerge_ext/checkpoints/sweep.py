@@ -81,11 +81,9 @@ def sweep(
     Returns:
         SweepReport; scores and scales are also in the output's ``dcmerge.json``.
     Raises:
-        InputError, RunError: as merging does; a score that is no finite number. Nothing is left then, nor where
+        OptionError: a scale beside the scales.   InputError, RunError: as merging does; a score that is no finite number. Nothing is left then, nor where
             ``evaluate`` itself raises.
     """
-    if "scale" in settings:
-        raise OptionError("sweep: scale is what it searches; give scales")
     values = config_values("sweep", base=base, tasks=tasks, out=out, method=method, **settings)
     return run_sweep(build_config(values, "sweep"), evaluate, scales, maximize=maximize)
 
@@ -99,6 +97,8 @@ def run_sweep(
     advance: Callable[[float, float], None] = lambda scale, score: None,
 ) -> SweepReport:
     """As :func:`sweep`, of a configuration. ``advance`` is told every scale with its score."""
+    if config.scale is not None:
+        raise OptionError("scale is what a sweep searches; give scales (--scales)")
     started = time.perf_counter()
     first = prepare(config)
     chosen = _checked(first.plan.scale, scales)

@@ -34,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.scale is not None:
-        raise OptionError("--scale: is what sweep searches; give --scales")
     function = load_function(args.evaluate)
 
     def evaluate(directory: Path) -> float:

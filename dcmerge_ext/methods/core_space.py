@@ -11,13 +11,13 @@ from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.linalg.polar import default_tolerance, polar_with_values
+from dcmerge_ext.linalg.polar import default_tolerance
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import merge_with
 from dcmerge_ext.methods.averaging import Averaging
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.dare import Dare
-from dcmerge_ext.methods.iso_c import mean_value
+from dcmerge_ext.methods.iso_c import flattened
 from dcmerge_ext.methods.knots import ROUND_OFF
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.stacks import dense_update
@@ -179,7 +179,4 @@ def _isotropic(core: Tensor, cores: Sequence[Tensor], eps: float, facts: dict[st
     if size := float(torch.linalg.matrix_norm(core)):
         scale = math.hypot(*(float(torch.linalg.matrix_norm(c)) for c in cores))
         tolerance = min(1.0, max(tolerance, eps * core.shape[-1] ** 0.5 * scale / size))
-    wide = core.shape[-1] > core.shape[-2]
-    Q, _, values = polar_with_values(core.mT if wide else core, tolerance)
-    flat = Q * mean_value(values, "rank", min(core.shape), facts)
-    return flat.mT if wide else flat
+    return flattened(core, tolerance, "rank", facts)

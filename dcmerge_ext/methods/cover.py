@@ -7,7 +7,6 @@ coordinates U~' U_i = H[:, I_i] with H = (U'U)^(1/2).
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,9 +18,9 @@ from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.products import gram_float64, wide_product
-from dcmerge_ext.svd import Accuracy, Components, Evidence, cost, summarize
+from dcmerge_ext.svd import Accuracy, Components, Evidence, summarize
 from dcmerge_ext.svd.dense import eigh
-from dcmerge_ext.updates import Updates, UpdateSpec
+from dcmerge_ext.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -175,30 +174,6 @@ def basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
         "smallest_kept": float(smallest) if torch.isfinite(smallest) else 0.0,
         "dropped": int((expected - kept.sum(-1)).clamp(min=0).amax()),
     }
-
-
-def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:
-    """Rough count for a plan: SVDs, both sides of the cover, T cores, and the way back to the matrix."""
-    *leading, m, n = specs[0].shape
-    k = sum(ranks)
-    decompositions = sum(
-        cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
-        for spec, rank in zip(specs, ranks, strict=True)
-    )
-    # an eigenvector costs as much as 5 products
-    return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
-
-
-def cover_workspace(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> int:
-    """Rough peak of memory for a plan, in elements, of a method that needs no more than the cover and a core or two."""
-    *leading, m, n = specs[0].shape
-    batch, k, q = math.prod(leading), sum(ranks), min(m, n)
-    if all(spec.rank is not None for spec in specs):
-        return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
-    plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
-    one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
-    whitening = 3 * (m + n) * k + 6 * k * k
-    return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
 
 
 def _sound(values: Tensor, worst: float) -> bool:

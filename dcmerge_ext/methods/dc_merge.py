@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext import ops
-from dcmerge_ext.errors import InputError
-from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import Context, Method, Preset
-from dcmerge_ext.methods.cover import (
-    Cover,
-    basis_facts,
-    cover_flops,
-    cover_of_updates,
-    cover_workspace,
-    live_components,
-)
+from dcmerge_ext.methods.base import Context, Preset
+from dcmerge_ext.methods.cover import Cover
+from dcmerge_ext.methods.cover_method import CoverMethod
 from dcmerge_ext.methods.registry import register
-from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
 from dcmerge_ext.methods.stiefel import stiefel_cover, stiefel_flops
-from dcmerge_ext.methods.sums import mean_instead, zero_update
 from dcmerge_ext.smoothing import smooth_energy
 from dcmerge_ext.updates import Updates, UpdateSpec
 
@@ -33,12 +23,11 @@ _AUTHORS_MATRICES = r"text_projection"
 Size = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFraction = Annotated[float, Meta(gt=0, le=1)]
-Positive = Annotated[float, Meta(gt=0)]
 Steps = Annotated[int, Meta(ge=1)]
 AtLeastOne = Annotated[float, Meta(ge=1)]
 
 
-class DCMerge(Method, frozen=True):
+class DCMerge(CoverMethod, frozen=True):
     """Smooth each task's singular values, merge all tasks in one shared orthonormal cover basis, mask, map back.
 
     Source: DC-Merge (arXiv 2603.06242, CVPR 2026), section 3 and algorithm 1. Per matrix, with k the sum of the ranks:
@@ -57,7 +46,6 @@ class DCMerge(Method, frozen=True):
 
     name = "dc_merge"
     paper = "https://arxiv.org/abs/2603.06242"
-    keeps_rank = True
     presets: ClassVar = {
         "fft": Preset(
             {"smoothing": "none", "aggregate": "ties", "keep": 1e-3, "count_base": "min_dim"},
@@ -76,13 +64,6 @@ class DCMerge(Method, frozen=True):
         Literal["fft", "lora", "vlm"] | None,
         Meta(
             description="the authors' settings for full fine-tunes, vision LoRA, or LLaVA LoRA: a named set of these options"
-        ),
-    ] = None
-    rank: Annotated[
-        Rank | tuple[Rank, ...] | None,
-        Meta(
-            description="components kept per task, or a list with one number per task. None: the numerical rank of a LowRank; "
-            "int(q / T) for dense updates, q = min(m, n); int((q - sum of LoRA ranks) / number of dense) when mixed"
         ),
     ] = None
     smoothing: Annotated[
@@ -122,23 +103,9 @@ class DCMerge(Method, frozen=True):
         Steps | None,
         Meta(description="cover=stiefel: most steps, 90 k^3 flops each. None: 250, as in the paper's figure"),
     ] = None
-    basis_tol: Annotated[
-        Fraction | None,
-        Meta(
-            description="directions of the concatenated bases with singular values at or below this fraction of the largest "
-            "are dropped. None: 2 sqrt(max(m, k)) eps",
-        ),
-    ] = None
-    accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"
-    tol: Annotated[
-        Positive | None,
-        Meta(
-            description="accuracy=exact: accepted residual relative to the gap of singular values at the cut. None: round-off"
-        ),
-    ] = None
-    seed: Annotated[int, Meta(ge=0, description="of the random directions of the truncated SVD")] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, owner, belongs in (
             ("rho", "linear", self.smoothing == "linear"),
             ("tau", "interpolate", self.smoothing == "interpolate"),
@@ -147,8 +114,6 @@ class DCMerge(Method, frozen=True):
                 raise ValueError(f"{option} belongs to smoothing={owner!r}, and smoothing is {self.smoothing!r}")
         if self.smoothing == "interpolate" and self.tau is None:
             raise ValueError("smoothing='interpolate' needs tau, 0 .. 1")
-        if self.tol is not None and self.accuracy != "exact":
-            raise ValueError(f"tol belongs to accuracy='exact', and accuracy is {self.accuracy!r}")
         if self.cover_steps is not None and self.cover != "stiefel":
             raise ValueError(f"cover_steps belongs to cover='stiefel', and cover is {self.cover!r}")
         for option in ("keep", "count_base"):
@@ -158,59 +123,20 @@ class DCMerge(Method, frozen=True):
     def default_scale(self, num_tasks: int) -> float:
         return 2.0 if num_tasks > 1 else 1.0
 
-    def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
-        if len(specs[0].shape) < 2:
-            raise InputError(f"dc_merge merges matrices (..., m, n), got an update of shape {specs[0].shape}")
-        preset_rank = self.official is not None and "rank" in self.presets[self.official].options
-        # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
-        check_ranks(specs, num_tasks, self.rank, at_most_q=not preset_rank)
-
-    def ranks(self, specs: Sequence[UpdateSpec], num_tasks: int) -> list[int] | None:
-        """Components (slots) kept per task; None where the rule leaves a task none, and the mean is taken instead."""
-        return component_ranks(specs, num_tasks, self.rank)
-
-    def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
-        ranks = self.ranks(specs, num_tasks)
-        return super().merged_rank(specs, num_tasks) if ranks is None else sum(ranks)
-
-    def merge(self, updates: Updates, ctx: Context) -> Update:
-        ranks = self.ranks(updates.specs, ctx.num_tasks)
-        if ranks is None:
-            return mean_instead(self.name, updates, ctx)
-        if sum(ranks) == 0 or 0 in updates.shape:
-            return zero_update(updates)
-
-        slots = [r for r in ranks if r]
-        cover, ctx.facts["svd"] = cover_of_updates(
-            updates,
-            ranks,
-            name=self.name,
-            basis_tol=self.basis_tol,
-            accuracy=self.accuracy,
-            tol=self.tol,
-            seed=self.seed,
-            key=ctx.key,
-        )
+    def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
+        cover = super().cover_of(updates, ranks, ctx, **settings)
         if self.cover == "stiefel":
             cover, ctx.facts["cover_objective"] = stiefel_cover(cover, self._steps())
-        live = live_components(cover.spectra)
-        spectra = self._smoothed(cover.spectra, updates.all_lowrank)
-        sizes = self._block_sizes(slots)
+        return cover
+
+    def blocks(self, cover: Cover, live: Tensor, updates: Updates, ranks: Sequence[int], ctx: Context) -> list[Tensor]:
+        slots = [r for r in ranks if r]
+        spectra, sizes = self._smoothed(cover.spectra, updates.all_lowrank), self._block_sizes(slots)
         if self.aggregate == "ties":
             counts = self._counts(live, min(updates.shape[-2:])).clamp(max=sum(slots) ** 2)
-            blocks = _ties_blocks(cover, spectra, slots, sizes, counts)
-        else:
-            blocks = _sum_blocks(cover, spectra, sizes)
-            if self.aggregate == "mean":
-                blocks = [block / ctx.num_tasks for block in blocks]
-        ctx.facts.update(
-            rank=live.reshape(-1, live.shape[-1]).amax(0).tolist(),
-            cover_rank=sum(slots),
-            cover_u=basis_facts(cover.u.values, live),
-            cover_v=basis_facts(cover.v.values, live),
-        )
-        left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
-        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+            return _ties_blocks(cover, spectra, slots, sizes, counts)
+        blocks = _sum_blocks(cover, spectra, sizes)
+        return [block / ctx.num_tasks for block in blocks] if self.aggregate == "mean" else blocks
 
     def _smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
         kind = self.smoothing or ("average" if all_lowrank else "none")
@@ -244,14 +170,8 @@ class DCMerge(Method, frozen=True):
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         ranks = self.ranks(specs, num_tasks)
-        if ranks is None:
-            return 0.0
-        turning = stiefel_flops(specs, ranks, self._steps()) if self.cover == "stiefel" else 0.0
-        return cover_flops(specs, ranks) + turning
-
-    def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
-        ranks = self.ranks(specs, num_tasks)
-        return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
+        turning = stiefel_flops(specs, ranks, self._steps()) if self.cover == "stiefel" and ranks else 0.0
+        return super().flops(specs, num_tasks) + turning
 
 
 dc_merge = register(DCMerge)

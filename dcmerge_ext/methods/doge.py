@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import Update
+from dcmerge_ext.methods.adam import EPS, Adam, warn_if_raised
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.selection import Selection
@@ -23,9 +24,6 @@ from dcmerge_ext.svd import cost, decompose
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 logger = logging.getLogger(__name__)
-
-_BETAS = (0.9, 0.999)
-_EPS = 1e-8
 
 
 class Doge(Method, frozen=True):
@@ -129,14 +127,7 @@ class Doge(Method, frozen=True):
             merged[i] = total
             losses = [added + one for added, one in zip(losses, loss, strict=True)]
         ctx.facts.update(svd_facts, loss=losses)
-        if losses[1] > losses[0]:
-            logger.warning(
-                "%s: %d steps of lr %g raised the loss from %.3g to %.3g; they are too long for updates of this size, lower lr",
-                ctx.key or self.name,
-                self.iterations,
-                self.lr,
-                *losses,
-            )
+        warn_if_raised(ctx.key or self.name, self.iterations, self.lr, *losses)
         return merged.reshape(updates.shape)
 
     def _directions(self, shape: Sequence[int]) -> int:
@@ -224,8 +215,8 @@ def _descend(
     gaps = ((v * (largest * largest / unit)).sub_(total, alpha=largest / unit).mul_(v) for v in V.unbind(1))
     target = torch.stack([gap.sum(-1) for gap in gaps], dim=1)  # (m, T)
     V *= float(shares.sum())
-    X, first, second = (torch.zeros_like(total) for _ in range(3))
-    eps = max(_EPS / unit, torch.finfo(V.dtype).tiny)
+    X = torch.zeros_like(total)
+    adam = Adam(X, lr, max(EPS / unit, torch.finfo(V.dtype).tiny))
 
     def residuals() -> Tensor:
         return torch.bmm(X[:, None], V.mT)[:, 0].div_(unit).sub_(target)
@@ -234,18 +225,14 @@ def _descend(
         return float(residuals().double().square().sum()) * unit * unit
 
     before = loss()
-    for t in range(1, iterations + 1):
+    for i in range(iterations):
         gradient = torch.bmm(residuals()[:, None].mul_(2), V)[:, 0]
         if basis is not None:
-            whole = gradient.norm() if t == 1 else None
+            whole = gradient.norm() if i == 0 else None
             gradient.addmm_(basis, basis.mT @ gradient, alpha=-1)
             if whole is not None and gradient.norm() <= _round_off(basis) * whole:
                 break  # all of it is shared: Adam would make whole steps of the rest
-        # Kingma and Ba, arXiv 1412.6980, algorithm 1
-        first.lerp_(gradient, 1 - _BETAS[0])
-        second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-        root = second.sqrt().div_((1 - _BETAS[1] ** t) ** 0.5).add_(eps)
-        X.addcdiv_(first, root, value=-lr / (1 - _BETAS[0] ** t))
+        adam.step(gradient)
     return X, [before, loss()]
 
 

@@ -69,13 +69,9 @@ class IsoC(Method, frozen=True):
         if 0 in updates.shape or (updates.all_lowrank and not any(spec.rank for spec in updates.specs)):
             return zero_update(updates)
         total = sum_updates(updates)
-        q = min(updates.shape[-2:])
         if isinstance(total, LowRank):
-            return _flat_factors(total, self.mean_over or "rank", q, ctx.facts)
-        wide = updates.shape[-1] > updates.shape[-2]  # the routes to a polar factor take tall matrices
-        Q, _, values = polar_with_values(total.mT if wide else total)
-        Q *= mean_value(values, self.mean_over or "min_dim", q, ctx.facts)[..., None, None]
-        return Q.mT if wide else Q
+            return _flat_factors(total, self.mean_over or "rank", min(updates.shape[-2:]), ctx.facts)
+        return flattened(total, None, self.mean_over or "min_dim", ctx.facts)
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         *leading, m, n = specs[0].shape
@@ -104,6 +100,14 @@ def mean_value(values: Tensor, over: Literal["rank", "min_dim"], q: int, facts: 
     facts["rank"] = int(live.amax())
     count = live.clamp(min=1) if over == "rank" else torch.full_like(live, q)
     return (values.double().sum(-1) / count).to(values.dtype)
+
+
+def flattened(X: Tensor, tol: float | None, over: Literal["rank", "min_dim"], facts: dict[str, Any]) -> Tensor:
+    """mean(s) U V' of X = U diag(s) V' (..., m, n). ``tol`` as in :func:`dcmerge_ext.linalg.polar`."""
+    wide = X.shape[-1] > X.shape[-2]  # the routes to a polar factor take tall matrices
+    Q, _, values = polar_with_values(X.mT if wide else X, tol)
+    Q *= mean_value(values, over, min(X.shape[-2:]), facts)[..., None, None]
+    return Q.mT if wide else Q
 
 
 def round_off(update: LowRank) -> Tensor:

@@ -10,27 +10,15 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
-from dcmerge_ext.methods.base import Context, Method, Preset
-from dcmerge_ext.methods.cover import (
-    Cover,
-    basis_facts,
-    cover_flops,
-    cover_of_updates,
-    cover_workspace,
-    live_components,
-)
+from dcmerge_ext.methods.base import Context, Preset
+from dcmerge_ext.methods.cover import Cover
+from dcmerge_ext.methods.cover_method import CoverMethod
 from dcmerge_ext.methods.registry import register
-from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
-from dcmerge_ext.methods.sums import mean_instead, zero_update
 from dcmerge_ext.updates import Updates, UpdateSpec
 
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-Positive = Annotated[float, Meta(gt=0)]
 
-
-class Score(Method, frozen=True):
+class Score(CoverMethod, frozen=True):
     """See every task in one shared basis, drop its off-diagonal outliers, sum, map back (SCORE).
 
     Source: SCORE (arXiv 2603.05768, CVPR 2026), with the rules of the published code where they are known. Per matrix,
@@ -59,7 +47,6 @@ class Score(Method, frozen=True):
 
     name = "score"
     paper = "https://arxiv.org/abs/2603.05768"
-    keeps_rank = True
     presets: ClassVar = {
         "natural": Preset({"deviations": 1.96, "threshold": "sd/T", "center": "mean"}, mean_tensors=r"text_projection"),
         "medical": Preset({"deviations": 1.96, "threshold": "sd", "center": "mean"}, mean_tensors=r"text_projection"),
@@ -70,14 +57,6 @@ class Score(Method, frozen=True):
         Meta(
             description="the published code's settings for natural images, or for its two medical datasets: a named set "
             "of these options"
-        ),
-    ] = None
-    rank: Annotated[
-        Rank | tuple[Rank, ...] | None,
-        Meta(
-            description="components per task that make the basis, or a list with one number per task. None: the rank of "
-            "a LowRank; int(q / T) for dense updates, q = min(m, n); int((q - sum of LoRA ranks) / number of dense) "
-            "when mixed"
         ),
     ] = None
     deviations: Annotated[
@@ -102,70 +81,22 @@ class Score(Method, frozen=True):
             "the published code"
         ),
     ] = "zero"
-    basis_tol: Annotated[
-        Fraction | None,
-        Meta(
-            description="directions of the concatenated bases with singular values at or below this fraction of the largest "
-            "are dropped. None: 2 sqrt(max(m, k)) eps",
-        ),
-    ] = None
-    accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"
-    tol: Annotated[
-        Positive | None,
-        Meta(
-            description="accuracy=exact: accepted residual relative to the gap of singular values at the cut. None: round-off"
-        ),
-    ] = None
-    seed: Annotated[int, Meta(ge=0, description="of the random directions of the truncated SVD")] = 0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.deviations):
             raise ValueError(f"deviations must be a finite number, 0 or more, got {self.deviations}")
-        if self.tol is not None and self.accuracy != "exact":
-            raise ValueError(f"tol belongs to accuracy='exact', and accuracy is {self.accuracy!r}")
+        super().__post_init__()
 
-    def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
-        if len(specs[0].shape) < 2:
-            raise InputError(f"score merges matrices (..., m, n), got an update of shape {specs[0].shape}")
-        check_ranks(specs, num_tasks, self.rank)
+    def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
+        return super().cover_of(updates, ranks, ctx, oriented=self.center == "mean", **settings)
 
-    def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
-        ranks = component_ranks(specs, num_tasks, self.rank)
-        return super().merged_rank(specs, num_tasks) if ranks is None else sum(ranks)
-
-    def merge(self, updates: Updates, ctx: Context) -> Update:
-        ranks = component_ranks(updates.specs, ctx.num_tasks, self.rank)
-        if ranks is None:
-            return mean_instead(self.name, updates, ctx)
-        if sum(ranks) == 0 or 0 in updates.shape:
-            return zero_update(updates)
-
-        cover, ctx.facts["svd"] = cover_of_updates(
-            updates,
-            ranks,
-            name=self.name,
-            basis_tol=self.basis_tol,
-            accuracy=self.accuracy,
-            tol=self.tol,
-            seed=self.seed,
-            key=ctx.key,
-            oriented=self.center == "mean",
-        )
-        live = live_components(cover.spectra)
+    def blocks(self, cover: Cover, live: Tensor, updates: Updates, ranks: Sequence[int], ctx: Context) -> list[Tensor]:
         deviations = self.deviations / (ctx.num_tasks if self.threshold == "sd/T" else 1)
-        core, facts = _merged_core(updates, ranks, cover, live.sum(-1), deviations, self.center)
-        ctx.facts.update(
-            facts,
-            rank=live.reshape(-1, live.shape[-1]).amax(0).tolist(),
-            cover_rank=sum(ranks),
-            cover_u=basis_facts(cover.u.values, live),
-            cover_v=basis_facts(cover.v.values, live),
-        )
-        left, right = cover.u.times_blocks([core]), cover.v.basis().mT
-        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+        core, ctx.facts["trimmed"] = _merged_core(updates, ranks, cover, live.sum(-1), deviations, self.center)
+        return [core]
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
-        ranks = component_ranks(specs, num_tasks, self.rank)
+        ranks = self.ranks(specs, num_tasks)
         if ranks is None:
             return 0.0
         *leading, m, n = specs[0].shape
@@ -178,11 +109,7 @@ class Score(Method, frozen=True):
             else 2 * k * (m + n + k) * spec.rank
             for spec, rank in zip(specs, ranks, strict=True)
         )
-        return cover_flops(specs, ranks) + math.prod(leading) * cores
-
-    def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
-        ranks = component_ranks(specs, num_tasks, self.rank)
-        return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
+        return super().flops(specs, num_tasks) + math.prod(leading) * cores
 
 
 score = register(Score)
@@ -190,8 +117,8 @@ score = register(Score)
 
 def _merged_core(
     updates: Updates, ranks: Sequence[int], cover: Cover, live: Tensor, deviations: float, center: str
-) -> tuple[Tensor, dict[str, Any]]:
-    """The sum over the tasks of the trimmed cores (..., k, k), one at a time. ``live``: (...,) components not null."""
+) -> tuple[Tensor, list[int]]:
+    """The sum over the tasks of the trimmed cores (..., k, k), one at a time, and the entries trimmed from each. ``live``: (...,) components not null."""
     q = min(updates.shape[-2:])
     spectra = iter(cover.spectra)
     total, trimmed, begin = torch.zeros_like(cover.u.root), [], 0
@@ -213,7 +140,7 @@ def _merged_core(
         outliers = (off < limits[0]) | (off > limits[1])
         total += off.masked_fill_(outliers, 0)
         trimmed.append(outliers.sum())
-    return total, {"trimmed": torch.stack(trimmed).tolist()}
+    return total, torch.stack(trimmed).tolist()
 
 
 def _projected(update: Update, U: Tensor, V: Tensor) -> Tensor:

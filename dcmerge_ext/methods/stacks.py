@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,8 @@ def stack_updates(updates: Updates, dtype: torch.dtype) -> Tensor:
         if stack is None:
             stack = torch.zeros(len(updates), 1, dense.numel(), dtype=dtype, device=dense.device)
         stack[i, 0] = dense.reshape(-1)
-    return torch.zeros(len(updates), 1, numel(updates.shape), dtype=dtype) if stack is None else stack
+    return torch.zeros(len(updates), 1, math.prod(updates.shape), dtype=dtype) if stack is None else stack
 
 
 def dense_update(update: Update) -> Tensor:
     return update.dense() if isinstance(update, LowRank) else update
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.selection import Selection
-from dcmerge_ext.methods.stacks import dense_update, numel, stack_updates
+from dcmerge_ext.methods.stacks import dense_update, stack_updates
 from dcmerge_ext.updates import Updates
 
 
@@ -78,7 +79,7 @@ class Ties(Method, frozen=True):
             return
         for i, spec in enumerate(updates.specs):
             if spec.rank == 0:  # a task that does not touch this tensor
-                state.add_zeros(i, numel(spec.shape))
+                state.add_zeros(i, math.prod(spec.shape))
             else:
                 state.add(i, dense_update(updates[i]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -13,16 +12,14 @@ from torch import Tensor
 
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
+from dcmerge_ext.methods.adam import Adam, warn_if_raised
 from dcmerge_ext.methods.base import Context, Method, Preset
 from dcmerge_ext.methods.registry import register
+from dcmerge_ext.methods.stacks import dense_update
 from dcmerge_ext.methods.sums import sum_updates
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.updates import Updates, UpdateSpec
 
-logger = logging.getLogger(__name__)
-
-_BETAS = (0.9, 0.999)
-_EPS = 1e-8
 _PANEL = 1 << 17
 """Elements of a panel of rows on the CPU, whose moments and step are worked on while they are in a cache."""
 _ROWS = 64
@@ -81,7 +78,7 @@ class Wudi(Method, frozen=True):
             raise InputError(f"wudi merges matrices (..., m, n), got an update of shape {specs[0].shape}")
 
     def merge(self, updates: Updates, ctx: Context) -> Update:
-        merged = _dense(sum_updates(updates), updates.dtype)
+        merged = dense_update(sum_updates(updates)).to(updates.dtype)
         if not self.iterations or not merged.numel():
             return merged
         half, gram, before = _start(updates, merged)
@@ -90,15 +87,7 @@ class Wudi(Method, frozen=True):
         step = _descend(half, gram, self.iterations, self.lr)
         after = before + float((half.mul_(2).add_(gram.after(step)) * step).sum(dtype=torch.float64))
         ctx.facts["loss"] = [before, after]
-        if after > before:
-            logger.warning(
-                "%s: %d steps of lr %g raised the loss from %.3g to %.3g: too long for updates of this size, lower lr",
-                ctx.key or self.name,
-                self.iterations,
-                self.lr,
-                before,
-                after,
-            )
+        warn_if_raised(ctx.key or self.name, self.iterations, self.lr, before, after)
         return merged.add_(step)
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
@@ -152,7 +141,7 @@ def _start(updates: Updates, total: Tensor) -> tuple[Tensor, _Gram, float]:
             continue
         update = updates[i]
         X = _normalized_rows(update, total.dtype)
-        dense = _dense(update, total.dtype)
+        dense = dense_update(update).to(total.dtype)
         heights += dense.norm(dim=-1)
         widths += X.norm(dim=-2)
         gram, others = _Gram.of(X), total - dense
@@ -191,15 +180,11 @@ def _descend(half: Tensor, gram: _Gram, iterations: int, lr: float) -> Tensor:
 
 
 def _adam(half: Tensor, gram: _Gram, iterations: int, lr: float) -> Tensor:
-    """Adam from E = 0 with the gradient 2 (E C + half): Kingma and Ba, arXiv 1412.6980, algorithm 1."""
-    step, first, second = (torch.zeros_like(half) for _ in range(3))
-    beta1, beta2 = _BETAS
-    for t in range(1, iterations + 1):
-        gradient = gram.after(step).add_(half).mul_(2)
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = second.sqrt().div_((1 - beta2**t) ** 0.5).add_(_EPS)
-        step.addcdiv_(first, root, value=-lr / (1 - beta1**t))
+    """Adam from E = 0 with the gradient 2 (E C + half)."""
+    step = torch.zeros_like(half)
+    adam = Adam(step, lr)
+    for _ in range(iterations):
+        adam.step(gram.after(step).add_(half).mul_(2))
     return step
 
 
@@ -217,10 +202,6 @@ def _normalized_rows(update: Update, dtype: torch.dtype) -> Tensor:
 def _matrices(batch: Tensor) -> tuple[Tensor, ...]:
     """The matrices of (..., m, n), views."""
     return batch.view(math.prod(batch.shape[:-2]), *batch.shape[-2:]).unbind()
-
-
-def _dense(update: Update, dtype: torch.dtype) -> Tensor:
-    return (update.dense() if isinstance(update, LowRank) else update).to(dtype)
 
 
 def _rows(spec: UpdateSpec) -> int:

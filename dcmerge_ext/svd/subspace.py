@@ -23,20 +23,16 @@ def subspace_iteration(A: Tensor, rank: int, start: Start) -> tuple[Components, 
     if m < n:
         (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start)
         return Components(Uh.mT, S, V.mT), evidence
-    A = A.contiguous()
+    one_pass = A.dtype == torch.float32 and rank + OVERSAMPLING <= _MOST_ROWS
+    if one_pass:
+        A = A.contiguous()
     basis = start.rows(rank + OVERSAMPLING, n, A)  # random signs are independent enough for a first step
     for _ in range(_POWER_STEPS):
-        basis = orthonormalize(_there_and_back(basis, A))
+        there_and_back = ops.gram_apply(basis, A, basis.new_empty(len(basis), m)) if one_pass else (basis @ A.mT) @ A
+        basis = orthonormalize(there_and_back)
     image = orthonormalize(basis @ A.mT)
     (u, S, Vh), _ = (gram if A.dtype == torch.float32 else lapack)(image @ A, rank)
     found = Components(image.mT @ u, S, Vh)
     total = float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
     captured = float((found.S.double() ** 2).sum()) / total if total else 1.0
     return found, Evidence("subspace", rank + OVERSAMPLING, captured=captured)
-
-
-def _there_and_back(rows: Tensor, A: Tensor) -> Tensor:
-    """rows A' A."""
-    if A.dtype != torch.float32 or len(rows) > _MOST_ROWS:
-        return (rows @ A.mT) @ A
-    return ops.gram_apply(rows, A, rows.new_empty(len(rows), len(A)))

@@ -1,0 +1,138 @@
+"""What the methods that merge in a shared cover basis have in common: DC-Merge, SCORE, TSV-M."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+from torch import Tensor
+
+from dcmerge_ext.errors import InputError
+from dcmerge_ext.lowrank import LowRank, Update
+from dcmerge_ext.methods.base import Context, Method
+from dcmerge_ext.methods.cover import Cover, basis_facts, cover_of_updates, live_components
+from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
+from dcmerge_ext.methods.sums import mean_instead, zero_update
+from dcmerge_ext.svd import cost
+from dcmerge_ext.updates import Updates, UpdateSpec
+
+
+class CoverMethod(Method, frozen=True):
+    """Truncate each update, find the cover of all components, fill it with a block-diagonal core, multiply out.
+
+    A method says what the core is (:meth:`blocks`).
+    """
+
+    keeps_rank = True
+
+    official: Annotated[str | None, Meta(description="a named set of these options")] = None
+    rank: Annotated[
+        Rank | tuple[Rank, ...] | None,
+        Meta(
+            description="components kept per task, or a list with one number per task. None: the numerical rank of a LowRank; "
+            "int(q / T) for dense updates, q = min(m, n); int((q - sum of LoRA ranks) / number of dense) when mixed"
+        ),
+    ] = None
+    basis_tol: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(
+            description="directions of the concatenated bases with singular values at or below this fraction of the largest "
+            "are dropped (published code keeps all). None: 2 sqrt(max(m, k)) eps",
+        ),
+    ] = None
+    accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"
+    tol: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="accuracy=exact: accepted residual relative to the gap of singular values at the cut. None: round-off"
+        ),
+    ] = None
+    seed: Annotated[int, Meta(ge=0, description="of the random directions of the truncated SVD")] = 0
+
+    def __post_init__(self) -> None:
+        if self.tol is not None and self.accuracy != "exact":
+            raise ValueError(f"tol belongs to accuracy='exact', and accuracy is {self.accuracy!r}")
+
+    def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
+        if len(specs[0].shape) < 2:
+            raise InputError(f"{self.name} merges matrices (..., m, n), got an update of shape {specs[0].shape}")
+        preset_rank = self.official is not None and "rank" in self.presets[self.official].options
+        # a preset's 16 is the authors' number for any adapter; smaller matrices have fewer components
+        check_ranks(specs, num_tasks, self.rank, at_most_q=not preset_rank)
+
+    def ranks(self, specs: Sequence[UpdateSpec], num_tasks: int) -> list[int] | None:
+        """Components (slots) kept per task; None where the rule leaves a task none, and the mean is taken instead."""
+        return component_ranks(specs, num_tasks, self.rank)
+
+    def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
+        ranks = self.ranks(specs, num_tasks)
+        return super().merged_rank(specs, num_tasks) if ranks is None else sum(ranks)
+
+    def merge(self, updates: Updates, ctx: Context) -> Update:
+        ranks = self.ranks(updates.specs, ctx.num_tasks)
+        if ranks is None:
+            return mean_instead(self.name, updates, ctx)
+        if sum(ranks) == 0 or 0 in updates.shape:
+            return zero_update(updates)
+        cover = self.cover_of(updates, ranks, ctx)
+        live = live_components(cover.spectra)
+        blocks = self.blocks(cover, live, updates, ranks, ctx)
+        ctx.facts.update(
+            rank=live.reshape(-1, live.shape[-1]).amax(0).tolist(),
+            cover_rank=sum(ranks),
+            cover_u=basis_facts(cover.u.values, live),
+            cover_v=basis_facts(cover.v.values, live),
+        )
+        left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
+        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+
+    def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
+        """The cover of the updates' components; ``settings`` as :func:`~dcmerge_ext.methods.cover.cover_of_updates`."""
+        cover, ctx.facts["svd"] = cover_of_updates(
+            updates,
+            ranks,
+            name=self.name,
+            basis_tol=self.basis_tol,
+            accuracy=self.accuracy,
+            tol=self.tol,
+            seed=self.seed,
+            key=ctx.key,
+            **settings,
+        )
+        return cover
+
+    def blocks(self, cover: Cover, live: Tensor, updates: Updates, ranks: Sequence[int], ctx: Context) -> list[Tensor]:
+        """Diagonal blocks (..., b, b) of the merged core, together of the order of the cover.
+
+        ``live``: (..., T) components of each task with any that are not null.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement blocks")
+
+    def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
+        """SVDs, both sides of the cover, T cores, and the way back to the matrix."""
+        ranks = self.ranks(specs, num_tasks)
+        if ranks is None:
+            return 0.0
+        *leading, m, n = specs[0].shape
+        k = sum(ranks)
+        decompositions = sum(
+            cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
+            for spec, rank in zip(specs, ranks, strict=True)
+        )
+        # an eigenvector costs as much as 5 products
+        return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
+
+    def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
+        ranks = self.ranks(specs, num_tasks)
+        if ranks is None:
+            return super().workspace(specs, num_tasks)
+        *leading, m, n = specs[0].shape
+        batch, k, q = math.prod(leading), sum(ranks), min(m, n)
+        if all(spec.rank is not None for spec in specs):
+            return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
+        plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
+        one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
+        whitening = 3 * (m + n) * k + 6 * k * k
+        return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
