@@ -7,11 +7,19 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from msgspec import Meta
+from torch import Tensor
 
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method, Preset
-from dcmerge_ext.methods.cover import basis_facts, cover_flops, cover_of_updates, cover_workspace, live_components
+from dcmerge_ext.methods.cover import (
+    Cover,
+    basis_facts,
+    cover_flops,
+    cover_of_updates,
+    cover_workspace,
+    live_components,
+)
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
 from dcmerge_ext.methods.sums import mean_instead, zero_update
@@ -109,8 +117,12 @@ class TsvM(Method, frozen=True):
             cover_u=basis_facts(cover.u.values, live),
             cover_v=basis_facts(cover.v.values, live),
         )
-        left, right = cover.u.times_blocks([torch.diag_embed(S) for S in cover.spectra]), cover.v.basis().mT
+        left, right = cover.u.times_blocks([torch.diag_embed(S) for S in self.spectra(cover)]), cover.v.basis().mT
         return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+
+    def spectra(self, cover: Cover) -> list[Tensor]:
+        """(..., r_i) the singular values that the pairs of orthonormal vectors get."""
+        return cover.spectra
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         ranks = component_ranks(specs, num_tasks, self.rank)
