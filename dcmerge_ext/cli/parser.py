@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dcmerge_ext.cli import commands, merge, sweep
+from dcmerge_ext.cli import calibrate, commands, merge, sweep
 from dcmerge_ext.version import __version__
 
 
@@ -34,6 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     _merge_arguments(sweeping)
     sweep.add_arguments(sweeping)
     sweeping.set_defaults(run=sweep.run)
+
+    calibrating = subcommands.add_parser(
+        "calibrate", parents=[common], help="run a model on a few samples, for the methods that need activations (esm)"
+    )
+    calibrate.add_arguments(calibrating)
+    calibrating.set_defaults(run=calibrate.run)
 
     info = subcommands.add_parser("info", parents=[common], help="versions, and which backends exist here or why not")
     info.set_defaults(run=commands.run_info)

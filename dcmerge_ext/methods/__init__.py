@@ -7,6 +7,7 @@ from dcmerge_ext.methods.core_space import core_space
 from dcmerge_ext.methods.dare import dare
 from dcmerge_ext.methods.dc_merge import dc_merge
 from dcmerge_ext.methods.doge import doge
+from dcmerge_ext.methods.esm import esm
 from dcmerge_ext.methods.iso_c import iso_c
 from dcmerge_ext.methods.iso_cts import iso_cts
 from dcmerge_ext.methods.knots import knots
@@ -31,6 +32,7 @@ __all__ = [
     "dc_merge",
     "describe_options",
     "doge",
+    "esm",
     "iso_c",
     "iso_cts",
     "knots",

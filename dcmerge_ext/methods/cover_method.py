@@ -111,28 +111,33 @@ class CoverMethod(Method, frozen=True):
         raise TypeError(f"{type(self).__name__} does not implement blocks")
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
-        """SVDs, both sides of the cover, T cores, and the way back to the matrix."""
         ranks = self.ranks(specs, num_tasks)
-        if ranks is None:
-            return 0.0
-        *leading, m, n = specs[0].shape
-        k = sum(ranks)
-        decompositions = sum(
-            cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
-            for spec, rank in zip(specs, ranks, strict=True)
-        )
-        # an eigenvector costs as much as 5 products
-        return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
+        return 0.0 if ranks is None else cover_flops(specs, ranks)
 
     def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
         ranks = self.ranks(specs, num_tasks)
-        if ranks is None:
-            return super().workspace(specs, num_tasks)
-        *leading, m, n = specs[0].shape
-        batch, k, q = math.prod(leading), sum(ranks), min(m, n)
-        if all(spec.rank is not None for spec in specs):
-            return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
-        plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
-        one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
-        whitening = 3 * (m + n) * k + 6 * k * k
-        return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
+        return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
+
+
+def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:
+    """SVDs, both sides of the cover, T cores, and the way back to the matrix."""
+    *leading, m, n = specs[0].shape
+    k = sum(ranks)
+    decompositions = sum(
+        cost.plan(m, n, rank).cost if spec.rank is None else 28 * (m + n) * spec.rank**2
+        for spec, rank in zip(specs, ranks, strict=True)
+    )
+    # an eigenvector costs as much as 5 products
+    return float(math.prod(leading) * (decompositions + 6 * (m + n) * k * k + 24 * k**3 + 2 * k * m * n))
+
+
+def cover_workspace(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> int:
+    """Largest number of elements alive at once, of truncated SVDs two at a time and both sides of the cover."""
+    *leading, m, n = specs[0].shape
+    batch, k, q = math.prod(leading), sum(ranks), min(m, n)
+    if all(spec.rank is not None for spec in specs):
+        return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
+    plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
+    one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
+    whitening = 3 * (m + n) * k + 6 * k * k
+    return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
