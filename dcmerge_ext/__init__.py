@@ -5,6 +5,7 @@ from dcmerge_ext.backends import backends, use_backend
 from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
 from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
 from dcmerge_ext.checkpoints.sweep import SweepReport, sweep
+from dcmerge_ext.linalg.swap import accelerate
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.merging import merge_updates
 from dcmerge_ext.methods.registry import list_methods
@@ -18,6 +19,7 @@ __all__ = [
     "MergeReport",
     "SweepReport",
     "__version__",
+    "accelerate",
     "backends",
     "linalg",
     "list_methods",

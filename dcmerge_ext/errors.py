@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class DcmergeError(Exception):
     """Base of all errors raised on purpose. Its text is one message for a person."""
@@ -23,5 +25,5 @@ class BackendUnavailable(DcmergeError, RuntimeError):
     """A backend was asked for by name and is not available here."""
 
 
-class ConvergenceError(DcmergeError, RuntimeError):
-    """A factorization did not converge."""
+class ConvergenceError(DcmergeError, torch.linalg.LinAlgError):  # type: ignore[name-defined, misc]
+    """A factorization did not converge: the input is not finite, or beyond the range of its dtype."""

@@ -20,6 +20,7 @@ from torch.library import custom_op
 
 from dcmerge_ext import ops
 from dcmerge_ext.linalg.polar import Polar, polar, polar_with_values
+from dcmerge_ext.linalg.svd import full_svd, lowrank_svd
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.svd.components import Accuracy, Components
 from dcmerge_ext.svd.start import Start
@@ -205,6 +206,56 @@ def _traced_truncated_svd(
         factors = A.left.detach(), A.right.detach()
         return Components(*torch.ops.dcmerge.truncated_svd_factors(*factors, rank, accuracy, tol))
     return Components(*torch.ops.dcmerge.truncated_svd(A.detach(), rank, accuracy, tol, _split(seed)))
+
+
+# --- svd, svd_lowrank --------------------------------------------------------------------------------------------------
+
+
+@custom_op("dcmerge::svd", mutates_args=(), schema="(Tensor A, bool full_matrices) -> (Tensor, Tensor, Tensor)")
+def _svd(A: Tensor, full_matrices: bool) -> _Factors:
+    U, S, Vh = inspect.unwrap(full_svd)(A, full_matrices)
+    return U.contiguous(), S.contiguous(), Vh.contiguous()
+
+
+@_svd.register_fake
+def _(A: Tensor, full_matrices: bool) -> _Factors:
+    m, n = A.shape[-2:]
+    q = torch.sym_min(m, n)  # type: ignore[no-untyped-call]
+    dtype = torch.float32 if A.dtype.itemsize < 4 else A.dtype
+    values = dtype.to_real() if dtype.is_complex else dtype
+    left, right = (m, n) if full_matrices else (q, q)
+    return (
+        A.new_empty((*A.shape[:-1], left), dtype=dtype),
+        A.new_empty((*A.shape[:-2], q), dtype=values),
+        A.new_empty((*A.shape[:-2], right, n), dtype=dtype),
+    )
+
+
+@stands_for(full_svd)
+def _traced_full_svd(A: Tensor, full_matrices: bool) -> _Factors:
+    found: _Factors = torch.ops.dcmerge.svd(A.detach(), full_matrices)
+    return found
+
+
+@custom_op(
+    "dcmerge::svd_lowrank",
+    mutates_args=(),
+    schema="(Tensor A, SymInt rank, SymInt power_steps, SymInt[] seed) -> (Tensor, Tensor, Tensor)",
+)
+def _svd_lowrank(A: Tensor, rank: int, power_steps: int, seed: Sequence[int]) -> _Factors:
+    U, S, Vh = inspect.unwrap(lowrank_svd)(A, rank, power_steps, _joined(seed))
+    return U.contiguous(), S.contiguous(), Vh.contiguous()
+
+
+@_svd_lowrank.register_fake
+def _(A: Tensor, rank: int, power_steps: int, seed: Sequence[int]) -> _Factors:
+    return _empty_components(A, A, rank, torch.float64 if A.dtype == torch.float64 else torch.float32)
+
+
+@stands_for(lowrank_svd)
+def _traced_lowrank_svd(A: Tensor, rank: int, power_steps: int, seed: int) -> _Factors:
+    found: _Factors = torch.ops.dcmerge.svd_lowrank(A.detach(), rank, power_steps, _split(seed))
+    return found
 
 
 # --- polar -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcmerge_ext as dcm
 from dcmerge_ext import LowRank, ops, reference, use_backend
-from dcmerge_ext.linalg import polar
+from dcmerge_ext.linalg import polar, svd, svd_lowrank
 from dcmerge_ext.svd import truncated_svd
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")  # compilers warn of what concerns themselves
@@ -123,6 +123,18 @@ OPERATOR_CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
         "truncated_svd_factors",
         (x32(0, 12, 3), x32(0, 3, 9), 2, "exact", None),
     ),
+    "svd of a batch": ("svd", (x32(3, 12, 9), False)),
+    "svd by Gram matrix, tall": ("svd", (x32(90, 30), False)),
+    "svd by Gram matrix, wide": ("svd", (x32(30, 90), False)),
+    "svd with all rows and columns": ("svd", (x64(12, 9), True)),
+    "svd of a strided batch": ("svd", (x32(9, 12, 2, 3).permute(3, 2, 1, 0), False)),
+    "svd of bfloat16": ("svd", (x32(12, 9).bfloat16(), True)),
+    "svd of complex numbers": ("svd", (torch.complex(x32(12, 9), x32(12, 9, seed=3)), False)),
+    "svd of an empty batch": ("svd", (x32(0, 12, 9), True)),
+    "svd_lowrank": ("svd_lowrank", (x32(60, 50), 4, 2, SEED)),
+    "svd_lowrank of a wide batch": ("svd_lowrank", (x64(2, 50, 60), 4, 0, SEED)),
+    "svd_lowrank of small matrices": ("svd_lowrank", (x32(3, 9, 4).half(), 4, 1, SEED)),
+    "svd_lowrank, nothing kept": ("svd_lowrank", (x32(3, 9, 4), 0, 1, SEED)),
     "polar, tall": ("polar", (x32(12, 9), None)),
     "polar, wide": ("polar", (x64(9, 12), None)),
     "polar of a large matrix": ("polar", (x32(300, 280), None)),
@@ -156,7 +168,9 @@ def test_every_operator_is_checked() -> None:
     assert registered == {operator for operator, _ in OPERATOR_CALLS.values()}
 
 
-@pytest.mark.parametrize("operator", ["kth_magnitude", "elect", "truncated_svd", "truncated_svd_factors", "polar"])
+@pytest.mark.parametrize(
+    "operator", ["kth_magnitude", "elect", "truncated_svd", "truncated_svd_factors", "svd", "svd_lowrank", "polar"]
+)
 def test_backward_through_an_operator_raises(operator: str) -> None:
     arguments = next(a for o, a in OPERATOR_CALLS.values() if o == operator)
     arguments = (arguments[0].clone().requires_grad_(), *arguments[1:])
@@ -214,6 +228,14 @@ TRACED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, ...]]]] = {
         update_by_components,
         [(x32(2, 12, 3), x32(2, 3, 9)), (x32(3, 7, 2), x32(3, 2, 8))],
     ),
+    "svd": (lambda A: svd(A, False), [(x32(2, 12, 9),), (x32(3, 9, 11),)]),
+    "svd, all rows and columns": (lambda A: svd(A).Vh, [(x64(12, 9),), (x64(9, 12),)]),
+    "svd with a rank": (lambda A: svd(A, rank=3).S, [(x32(12, 9),), (x32(9, 12),)]),
+    "svd of a LowRank made inside": (
+        lambda left, right: svd(LowRank(left, right)).S,
+        [(x32(12, 3), x32(3, 9)), (x32(7, 2), x32(2, 8))],
+    ),
+    "svd_lowrank": (lambda A: svd_lowrank(A, 4, niter=1, seed=3), [(x32(60, 50),), (x32(50, 60),)]),
     "polar": (lambda X: polar(X), [(x32(2, 12, 9),), (x32(3, 9, 12),)]),
     "polar with a tolerance": (lambda X: polar(X, tol=1e-3).Q, [(x64(12, 9),), (x64(7, 7),)]),
 }
@@ -331,7 +353,19 @@ def test_errors_are_those_of_eager_mode_when_the_compiled_function_runs(name: st
     assert str(raised.value).startswith(str(expected.value))
 
 
-@pytest.mark.parametrize("name", [name for name in TRACED if name != "rademacher"])
+LIKE_TORCH = {"svd", "svd, all rows and columns", "svd with a rank", "svd_lowrank"}
+"""With torch's signatures and torch's gradients."""
+
+
+@pytest.mark.parametrize("name", sorted(LIKE_TORCH))
+def test_functions_of_torch_keep_its_gradients(name: str) -> None:
+    function, inputs = TRACED[name]
+    argument = inputs[0][0].clone().requires_grad_()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert all(t.requires_grad for t in tensors(compiled(argument)))
+
+
+@pytest.mark.parametrize("name", [name for name in TRACED if name not in {"rademacher", *LIKE_TORCH}])
 def test_the_input_is_detached(name: str) -> None:
     function, inputs = TRACED[name]
     arguments = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs[0]]

@@ -11,6 +11,7 @@ from dcmerge_ext.backends import prefers_products
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.linalg.routes import by_eigenvectors, by_iteration, by_svd
 from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.precision import without_autocast
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
 from dcmerge_ext.tracing import traceable
 
@@ -46,6 +47,7 @@ def polar(X: Tensor, *, tol: float | None = None) -> Polar:
     return Polar(Q, H)
 
 
+@without_autocast
 def polar_with_values(
     X: Tensor, tol: float | None = None, *, round_off: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

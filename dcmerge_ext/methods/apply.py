@@ -10,9 +10,11 @@ import torch
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods.base import Context, Method
+from dcmerge_ext.precision import without_autocast
 from dcmerge_ext.updates import Updates
 
 
+@without_autocast
 def merge_with(
     method: Method, updates: Mapping[str, Sequence[Update]], weights: Sequence[float] | None
 ) -> dict[str, Update]:

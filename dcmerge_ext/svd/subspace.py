@@ -12,22 +12,24 @@ from dcmerge_ext.svd.dense import gram, lapack
 from dcmerge_ext.svd.start import Start
 
 OVERSAMPLING = 16
-_POWER_STEPS = 2
+POWER_STEPS = 2
 _MOST_ROWS = 384
 """Up to this many rows there and back in one pass over A takes 0.5 to 0.8 times the two products (float32, two cores)."""
 
 
-def subspace_iteration(A: Tensor, rank: int, start: Start) -> tuple[Components, Evidence]:
-    """2 power steps with 16 extra directions (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1)."""
+def subspace_iteration(
+    A: Tensor, rank: int, start: Start, power_steps: int = POWER_STEPS
+) -> tuple[Components, Evidence]:
+    """Power steps with 16 extra directions (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1)."""
     m, n = A.shape
     if m < n:
-        (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start)
+        (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start, power_steps)
         return Components(Uh.mT, S, V.mT), evidence
     one_pass = A.dtype == torch.float32 and rank + OVERSAMPLING <= _MOST_ROWS
     if one_pass:
         A = A.contiguous()
     basis = start.rows(rank + OVERSAMPLING, n, A)  # random signs are independent enough for a first step
-    for _ in range(_POWER_STEPS):
+    for _ in range(power_steps):
         there_and_back = ops.gram_apply(basis, A, basis.new_empty(len(basis), m)) if one_pass else (basis @ A.mT) @ A
         basis = orthonormalize(there_and_back)
     image = orthonormalize(basis @ A.mT)

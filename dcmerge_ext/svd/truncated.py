@@ -13,6 +13,7 @@ from dcmerge_ext.backends import prefers_products
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.precision import without_autocast
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
 from dcmerge_ext.svd import cost
 from dcmerge_ext.svd.components import Accuracy, Components, Evidence
@@ -58,6 +59,7 @@ def truncated_svd(
     return decompose(A, rank, accuracy=accuracy, tol=tol, start=Start(seed))[0]
 
 
+@without_autocast
 def decompose(
     A: Update, rank: int, *, accuracy: Accuracy = "exact", tol: float | None = None, start: Start = _DEFAULT
 ) -> tuple[Components, list[Evidence]]:
