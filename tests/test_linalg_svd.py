@@ -33,6 +33,16 @@ FULL: dict[str, Callable[[], Tensor]] = {
     "rank deficient": lambda: tall()[:, :5] @ cases.normal(5, 20, seed=5, dtype=torch.float32),
     "steep": lambda: cases.with_spectrum(60, 20, cases.power_law(20, 9.0), seed=6).float(),
     "repeated values": lambda: cases.with_spectrum(60, 20, torch.ones(20), seed=7).float(),
+    "large batch": lambda: cases.normal(3, 120, 60, seed=10, dtype=torch.float32),
+    "large batch, rank deficient": lambda: (
+        cases.normal(3, 120, 9, seed=10, dtype=torch.float32) @ cases.normal(9, 60, seed=1, dtype=torch.float32)
+    ),
+    "large batch, steep": lambda: (
+        cases.with_spectrum(400, 60, cases.power_law(60, 4.0), seed=6).float().expand(2, -1, -1)
+    ),
+    "large batch, tiny": lambda: 1e-30 * cases.normal(3, 120, 60, seed=10, dtype=torch.float32),
+    "large and wide": lambda: cases.normal(90, 300, seed=10, dtype=torch.float32),
+    "large batch of zeros": lambda: torch.zeros(2, 300, 60),
     "zero": lambda: torch.zeros(60, 20),
     "tiny": lambda: tall() * 1e-30,
     "huge": lambda: tall() * 1e30,
@@ -65,14 +75,16 @@ def test_the_full_decomposition_is_that_of_torch(name: str, full_matrices: bool)
         torch.testing.assert_close(basis.mH @ basis, identity, rtol=0, atol=round_off)
 
 
-def test_a_tall_matrix_does_not_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_wide_matrices_do_not_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("torch was called")
 
     monkeypatch.setattr(sys.modules["dcmerge_ext.linalg.svd"], "_torch_svd", refuse)
-    assert svd(cases.normal(400, 100, seed=1, dtype=torch.float32), False).S.shape == (100,)
-    with pytest.raises(AssertionError, match="torch was called"):
-        svd(cases.normal(40, 30, seed=1, dtype=torch.float32), False)
+    for shape in ((100, 400), (2, 100, 90)):
+        assert svd(cases.normal(*shape, seed=1, dtype=torch.float32), False).S.shape[-1] in (100, 90)
+    for shape in ((40, 30), (400, 100)):
+        with pytest.raises(AssertionError, match="torch was called"):
+            svd(cases.normal(*shape, seed=1, dtype=torch.float32), False)
 
 
 def test_the_gram_route_is_taken_and_as_accurate_as_lapack() -> None:
@@ -117,7 +129,7 @@ def test_gradients_are_those_of_torch(rank: int | None) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("shape", [(60, 20), (3, 24, 24), (24, 20)])
+@pytest.mark.parametrize("shape", [(60, 20), (3, 24, 24), (3, 90, 80), (90, 300)])
 @pytest.mark.parametrize("run", [svd, lambda A: svd(A, rank=2), lambda A: svd_lowrank(A, 2)])
 def test_what_is_not_finite_raises_as_torch_does(run: Any, shape: tuple[int, ...], bad: float) -> None:
     A = cases.normal(*shape, seed=1, dtype=torch.float32)
@@ -190,7 +202,7 @@ class TestSvdLowrank:
 
 class TestAutocast:
     def test_keeps_out_of_the_decompositions(self) -> None:
-        A, X = cases.normal(3, 400, 90, seed=1, dtype=torch.float32), tall()
+        A, X = cases.normal(3, 200, 90, seed=1, dtype=torch.float32), tall()
         outside = [svd(A, False).S, svd_lowrank(A, 4)[1], dcm.truncated_svd(A, 9).S, dcm.linalg.polar(X).Q]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = [svd(A, False).S, svd_lowrank(A, 4)[1], dcm.truncated_svd(A, 9).S, dcm.linalg.polar(X).Q]
@@ -206,7 +218,7 @@ class TestAutocast:
 
 class TestAccelerate:
     def test_swaps_inside_the_block_alone(self) -> None:
-        A = tall()
+        A = cases.normal(90, 300, seed=1, dtype=torch.float32)
         with accelerate():
             assert torch.linalg.svd is not TORCH_SVD
             inside = torch.linalg.svd(A, full_matrices=False)

@@ -15,7 +15,7 @@ from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.precision import without_autocast
 from dcmerge_ext.svd import dense
 from dcmerge_ext.svd.start import Start
-from dcmerge_ext.svd.subspace import OVERSAMPLING, subspace_iteration
+from dcmerge_ext.svd.subspace import subspace_iteration
 from dcmerge_ext.svd.truncated import decompose, truncated_svd
 from dcmerge_ext.tracing import traceable
 
@@ -25,8 +25,12 @@ as_torch: Callable[[Factors], Factors] = torch.return_types.linalg_svd  # type: 
 """The named tuple (U, S, Vh) of torch.linalg.svd."""
 _torch_svd: Callable[..., Factors] = torch.linalg.svd
 _torch_svd_lowrank = torch.svd_lowrank
-_ELONGATED = 2
-"""Ratio of the sides from which on one matrix of float32 is decomposed faster by its Gram matrix than by LAPACK."""
+_WIDE = 1.25
+"""Ratio of columns to rows from which on LAPACK takes the transposed matrix faster, 1.3 to 1.9 times."""
+SMALL = 1 << 14
+"""Entries in all below which nothing is gained that would outweigh a few more calls."""
+_OVERSAMPLING = 4
+"""Of svd_lowrank: more accurate than torch, and no slower."""
 
 
 def svd(
@@ -41,8 +45,8 @@ def svd(
     """``torch.linalg.svd``, and with ``rank`` its leading part at the cost of that.
 
     Without ``rank`` every one of the min(m, n) triplets is returned, with orthonormal vectors for null directions, too.
-    Batches and elongated matrices on the CPU are decomposed faster than by torch, everything else by torch: float64,
-    complex, CUDA, a ``driver`` or ``out``, and input that requires a gradient. With ``rank`` it is
+    Batches (side by side) and wide matrices (transposed) on the CPU are decomposed faster than by torch, everything else
+    by torch: other single matrices, complex, CUDA, a ``driver`` or ``out``, and input that requires a gradient. With ``rank`` it is
     :func:`~dcmerge_ext.truncated_svd`, exact to round-off.
 
     Args:
@@ -88,14 +92,14 @@ def full_svd(A: Tensor, full_matrices: bool) -> Factors:
     """All singular triplets, by whichever of torch's and our routes is the faster."""
     if A.dtype in (torch.float16, torch.bfloat16):
         A = A.float()
-    if not _is_faster(A, full_matrices):
+    if not is_faster(A, full_matrices):
         U, S, Vh = _torch_svd(A, full_matrices)
         if not bool(S[..., :1].isfinite().all()):  # where torch does not notice
             raise ConvergenceError("svd: the input holds NaN or Inf, or singular values beyond its dtype")
         return U, S, Vh
     *leading, m, n = A.shape
     matrices = A.reshape(-1, m, n).unbind()
-    found = [dense.full(matrices[0])] if len(matrices) == 1 else side_by_side(dense.full, matrices, each=1)
+    found = [dense.svd(matrices[0])] if len(matrices) == 1 else side_by_side(dense.full, matrices, each=1)
     U, S, Vh = (torch.stack(parts) for parts in zip(*found, strict=True))
     return U.reshape(*leading, m, -1), S.reshape(*leading, -1), Vh.reshape(*leading, -1, n)
 
@@ -103,8 +107,8 @@ def full_svd(A: Tensor, full_matrices: bool) -> Factors:
 def svd_lowrank(A: Tensor, q: int | None = 6, niter: int = 2, M: Tensor | None = None, *, seed: int = 0) -> Factors:
     """``torch.svd_lowrank``: ``q`` leading components by ``niter`` power steps from random directions.
 
-    16 directions more than ``q`` are followed, so that it is the more accurate of the two, and the exact decomposition
-    is taken where that many do not fit in min(m, n). torch decomposes sparse, complex and CUDA input, and input that
+    4 directions more than ``q`` are followed, so that it is the more accurate of the two, and the exact decomposition is
+    taken where that many do not fit in min(m, n). torch decomposes sparse, complex and CUDA input, and input that
     requires a gradient.
 
     Args:
@@ -135,11 +139,11 @@ def lowrank_svd(A: Tensor, rank: int, power_steps: int, seed: int) -> Factors:
     A = A if A.dtype == torch.float64 else A.float()
     if 0 in (rank, A.numel()):
         return A.new_zeros(*leading, m, rank), A.new_zeros(*leading, rank), A.new_zeros(*leading, rank, n)
-    if rank + OVERSAMPLING >= min(m, n):
+    if rank + _OVERSAMPLING >= min(m, n):
         (U, S, Vh), _ = decompose(A, rank)
         return U, S, Vh
     matrices = A.reshape(-1, m, n).unbind()
-    found = side_by_side(lambda X: subspace_iteration(X, rank, Start(seed), power_steps)[0], matrices)
+    found = side_by_side(lambda X: subspace_iteration(X, rank, Start(seed), power_steps, _OVERSAMPLING)[0], matrices)
     U, S, Vh = (torch.stack(parts) for parts in zip(*found, strict=True))
     return U.reshape(*leading, m, rank), S.reshape(*leading, rank), Vh.reshape(*leading, rank, n)
 
@@ -152,10 +156,11 @@ def is_ours(A: Any) -> bool:
     return isinstance(A, Tensor) and A.ndim >= 2 and A.layout == torch.strided and A.is_floating_point() and A.is_cpu
 
 
-def _is_faster(A: Tensor, full_matrices: bool) -> bool:
-    if not is_ours(A) or A.numel() == 0:
+def is_faster(A: Tensor, full_matrices: bool) -> bool:
+    """Whether torch.linalg.svd would take longer."""
+    if not is_ours(A) or A.numel() < SMALL:
         return False
     m, n = A.shape[-2:]
     if full_matrices and m != n:
         return False
-    return A[..., 0, 0].numel() > 1 or (A.dtype == torch.float32 and max(m, n) >= _ELONGATED * min(m, n))
+    return A[..., 0, 0].numel() > 1 or n >= _WIDE * m

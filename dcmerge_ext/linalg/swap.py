@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dcmerge_ext.linalg.svd import Factors, as_torch, is_ours, needs_gradient, svd, svd_lowrank
+from dcmerge_ext.linalg.svd import SMALL, Factors, as_torch, is_faster, is_ours, needs_gradient, svd, svd_lowrank
 from dcmerge_ext.svd.truncated import truncated_svd
 
 _torch_svd: Callable[..., Factors] = torch.linalg.svd
@@ -97,10 +97,11 @@ def _svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None, ou
     if torch.compiler.is_compiling() or _here.settings is None:
         return _torch_svd(A, full_matrices, driver=driver, out=out)
     rank = _here.settings.rank
+    apart = not is_ours(A) or needs_gradient(A) or driver is not None or out is not None
     with _paused():
-        apart = not is_ours(A) or needs_gradient(A) or driver is not None or out is not None
         if rank is None or apart or rank >= min(A.shape[-2:]):
-            return svd(A, full_matrices, driver=driver, out=out)
+            ours = not apart and (is_faster(A, full_matrices) or A.dtype.itemsize < 4)  # torch refuses half precision
+            return svd(A, full_matrices) if ours else _torch_svd(A, full_matrices, driver=driver, out=out)
         U, S, Vh = truncated_svd(A, rank)
     m, n = A.shape[-2:]
     q = min(m, n)
@@ -115,7 +116,7 @@ def _svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None, ou
 
 
 def _svd_lowrank(A: Tensor, q: int | None = 6, niter: int | None = 2, M: Tensor | None = None) -> Factors:
-    if torch.compiler.is_compiling() or _here.settings is None:
+    if torch.compiler.is_compiling() or _here.settings is None or A.numel() < SMALL:
         return _torch_svd_lowrank(A, q, niter, M)
     with _paused():
         return svd_lowrank(A, q, 2 if niter is None else niter, M)

@@ -18,17 +18,18 @@ _MOST_ROWS = 384
 
 
 def subspace_iteration(
-    A: Tensor, rank: int, start: Start, power_steps: int = POWER_STEPS
+    A: Tensor, rank: int, start: Start, power_steps: int = POWER_STEPS, oversampling: int = OVERSAMPLING
 ) -> tuple[Components, Evidence]:
-    """Power steps with 16 extra directions (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1)."""
+    """Power steps with extra directions (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1)."""
     m, n = A.shape
     if m < n:
-        (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start, power_steps)
+        (V, S, Uh), evidence = subspace_iteration(A.mT, rank, start, power_steps, oversampling)
         return Components(Uh.mT, S, V.mT), evidence
-    one_pass = A.dtype == torch.float32 and rank + OVERSAMPLING <= _MOST_ROWS
+    width = rank + oversampling
+    one_pass = A.dtype == torch.float32 and width <= _MOST_ROWS
     if one_pass:
         A = A.contiguous()
-    basis = start.rows(rank + OVERSAMPLING, n, A)  # random signs are independent enough for a first step
+    basis = start.rows(width, n, A)  # random signs are independent enough for a first step
     for _ in range(power_steps):
         there_and_back = ops.gram_apply(basis, A, basis.new_empty(len(basis), m)) if one_pass else (basis @ A.mT) @ A
         basis = orthonormalize(there_and_back)
@@ -37,4 +38,4 @@ def subspace_iteration(
     found = Components(image.mT @ u, S, Vh)
     total = float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
     captured = float((found.S.double() ** 2).sum()) / total if total else 1.0
-    return found, Evidence("subspace", rank + OVERSAMPLING, captured=captured)
+    return found, Evidence("subspace", width, captured=captured)
