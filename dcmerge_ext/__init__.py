@@ -5,6 +5,7 @@ from dcmerge_ext.backends import backends, use_backend
 from dcmerge_ext.checkpoints.run import MergeReport, merge_checkpoints
 from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
 from dcmerge_ext.checkpoints.sweep import SweepReport, sweep
+from dcmerge_ext.comparison import Comparison, compare
 from dcmerge_ext.linalg.swap import accelerate
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.merging import merge_updates
@@ -14,6 +15,7 @@ from dcmerge_ext.svd import Components, truncated_svd
 from dcmerge_ext.version import __version__
 
 __all__ = [
+    "Comparison",
     "Components",
     "LowRank",
     "MergeReport",
@@ -21,6 +23,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "compare",
     "linalg",
     "list_methods",
     "merge_checkpoints",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcmerge_ext import Components, LowRank, truncated_svd
+from dcmerge_ext import Components, LowRank, reference, truncated_svd, use_backend
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.products import gram_float64
 from dcmerge_ext.svd import cost, decompose
@@ -461,3 +461,24 @@ def test_fast_survives_an_eigensolver_that_does_not_converge(
     U, S, Vh = truncated_svd(A, 8, accuracy="fast")
     assert torch.allclose(S, expected.S, rtol=1e-5)
     assert cases.error(U * S @ Vh, expected.U * expected.S @ expected.Vh) < 1e-5
+
+
+def test_a_matrix_that_lapack_gives_up_on_in_float32_is_decomposed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = cases.normal(30, 30, seed=1, dtype=torch.float32)
+    expected = truncated_svd(A, 30)
+    original = reference.svd
+
+    def give_up(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if X.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return original(X)
+
+    monkeypatch.setattr(reference, "svd", give_up)
+    with use_backend("reference"):
+        found = truncated_svd(A, 30)
+    assert found.U.dtype == torch.float32
+    assert cases.error(found.S[None], expected.S[None]) < 1e-6
+    assert cases.error(product(found), A) < 1e-6
+    A[0, 0] = torch.nan
+    with use_backend("reference"), pytest.raises(ConvergenceError):
+        truncated_svd(A, 30)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcmerge_ext.checkpoints.files import SafetensorsFile, unreadable
+from dcmerge_ext.checkpoints.output import new_file
 from dcmerge_ext.errors import InputError, RunError
 from dcmerge_ext.updates import count_nonfinite
 
@@ -124,22 +123,8 @@ def save_grams(grams: Mapping[str, Tensor], path: str | Path, *, overwrite: bool
     Raises:
         InputError: the file exists already.   RunError: writing failed.
     """
-    path = Path(path).expanduser()
-    check_place(path, overwrite)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: matrix.contiguous() for key, matrix in grams.items()}, partial, metadata={"format": "pt"})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
+        with new_file(path, overwrite) as partial:
+            save_file({key: matrix.contiguous() for key, matrix in grams.items()}, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
         raise RunError(f"{path}: writing failed ({error}); free space or choose another place") from error
-
-
-def check_place(path: Path, overwrite: bool) -> None:
-    """Raise InputError where a file may not be written."""
-    if path.is_dir() or not path.name:
-        raise InputError(f"{path}: is a directory; name a file such as grams.safetensors")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; choose another file or pass --overwrite")

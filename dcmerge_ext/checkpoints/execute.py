@@ -88,7 +88,7 @@ class Executor:
             base = self.plan.base.read(tensor.name, rows)
             if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
                 _digest(digests[0], base)
-            updates = _load(self.plan, tensor, rows, base, self.device, norms, digests[1:])
+            updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
             context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
             try:
                 merged = tensor.method.merge(updates, context)
@@ -163,7 +163,7 @@ class Executor:
                 try:
                     for rows in tensor.panels():
                         base = self.plan.base.read(tensor.name, rows)
-                        method.survey(tensor.name, _load(self.plan, tensor, rows, base, self.device), share)
+                        method.survey(tensor.name, load_updates(self.plan, tensor, rows, base, self.device), share)
                         self._advance(base.nbytes)
                 finally:
                     shares.put(share)
@@ -198,7 +198,7 @@ def work_bytes(plan: Plan, *, copies: bool) -> int:
     return total
 
 
-def _load(
+def load_updates(
     plan: Plan,
     tensor: TensorPlan,
     rows: slice | None,

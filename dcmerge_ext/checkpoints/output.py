@@ -82,6 +82,35 @@ def work_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(path: str | Path, overwrite: bool) -> Iterator[Path]:
+    """``PATH.partial`` to write into; renamed to PATH on success, removed otherwise.
+
+    Raises:
+        InputError: PATH may not be written.   RunError: writing failed.
+    """
+    path = Path(path).expanduser()
+    check_file(path, overwrite)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"{path}: writing failed ({error}); free space or choose another place") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raise InputError where a file may not be written."""
+    if path.is_dir() or not path.name:
+        raise InputError(f"{path}: is a directory; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already; choose another file or pass --overwrite")
+
+
 def _remove(partial: Path, made: Sequence[Path]) -> None:
     """Take back the work directory and the parents that were made for it."""
     shutil.rmtree(partial, ignore_errors=True)

@@ -84,11 +84,25 @@ def prepare(config: MergeConfig) -> Prepared:
 
 def _prepare(config: MergeConfig) -> Prepared:
     for_device(compute_device(config.device))  # a forced backend that cannot run there is an error now, not half way
-    lora_scale = _lora_scale(config)
     paths = [locate(task) for task in config.tasks]
     base_path = None if config.base is None else locate(config.base)
     check_output(Path(config.out).expanduser(), [*paths, *([base_path] if base_path else [])], config.overwrite)
+    base, tasks = open_inputs(paths, base_path, lora_scale_of(config), save_as=config.save_as)
+    plan = make_plan(base, tasks, config, with_base=base_path is not None)
     save_as = config.save_as or ("adapter" if base_path is None else "full")
+    if save_as == "full" and config.adapter_rank is not None:
+        raise OptionError("adapter_rank belongs to --save-as adapter")
+    return Prepared.of(config, plan, save_as, base_path)
+
+
+def open_inputs(
+    paths: Sequence[Path], base_path: Path | None, lora_scale: Any, *, save_as: str | None = None
+) -> tuple[TensorSource, list[Task]]:
+    """The base, or what stands for it where there are adapters alone, and the tasks against it. Reads headers.
+
+    Raises:
+        InputError: files that are missing or cannot be read, or a full model that has no base.
+    """
     adapters = {path: Adapter(path, lora_scale=lora_scale) for path in dict.fromkeys(paths) if is_adapter(path)}
     _check_bases([adapters[path] for path in paths if path in adapters])
     if base_path is None:
@@ -101,13 +115,9 @@ def _prepare(config: MergeConfig) -> Prepared:
         if is_adapter(base_path):
             raise InputError(f"{base_path}: is an adapter; --base needs the model the tasks were fine-tuned from")
         base = ModelFiles(base_path)
-    tasks: list[Task] = [
+    return base, [
         AdapterTask(adapters[path], base) if path in adapters else FullTask(ModelFiles(path), base) for path in paths
     ]
-    plan = make_plan(base, tasks, config, with_base=base_path is not None)
-    if save_as == "full" and config.adapter_rank is not None:
-        raise OptionError("adapter_rank belongs to --save-as adapter")
-    return Prepared.of(config, plan, save_as, base_path)
 
 
 def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> MergeReport:
@@ -256,7 +266,8 @@ def config_values(
     }
 
 
-def _lora_scale(config: MergeConfig) -> Any:
+def lora_scale_of(config: MergeConfig) -> Any:
+    """Whether adapters are multiplied by lora_alpha / r: as asked for, as the preset has it, or "apply"."""
     cls = list_methods().get(config.method)
     preset = preset_of(cls, config.options) if cls else None
     if preset and config.lora_scale not in (None, preset.lora_scale):

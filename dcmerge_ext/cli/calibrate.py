@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.progress import track
 
-from dcmerge_ext.calibration.grams import check_place, save_grams
+from dcmerge_ext.calibration.grams import save_grams
 from dcmerge_ext.calibration.models import calibrate, check_model, image_batches, text_batches
 from dcmerge_ext.checkpoints.locate import locate
+from dcmerge_ext.checkpoints.output import check_file
 from dcmerge_ext.checkpoints.run import compute_device
 from dcmerge_ext.cli.display import make_console
 from dcmerge_ext.errors import OptionError
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise OptionError(f"--samples {args.samples}: needs at least 1")
     out = Path(args.out).expanduser()
-    check_place(out, args.overwrite)
+    check_file(out, args.overwrite)
     device = compute_device(args.device)
     model = locate(args.model)
     check_model(model)

@@ -95,7 +95,7 @@ def config_of(args: argparse.Namespace) -> MergeConfig:
         )
     values.update({field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None})
     if args.tasks:
-        tasks, weights = zip(*(_task(text) for text in args.tasks), strict=True)
+        tasks, weights = zip(*(split_task(text) for text in args.tasks), strict=True)
         values["tasks"] = list(tasks)
         values["weights"] = None if all(w is None for w in weights) else [1.0 if w is None else w for w in weights]
     options: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def config_of(args: argparse.Namespace) -> MergeConfig:
     return build_config(values, args.config or "command line")
 
 
-def _task(text: str) -> tuple[str, float | None]:
+def split_task(text: str) -> tuple[str, float | None]:
     """DIR or DIR=WEIGHT; an existing path that holds a = is a path."""
     path, separator, weight = text.rpartition("=")
     if not separator or Path(text).exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dcmerge_ext.cli import calibrate, commands, merge, sweep
+from dcmerge_ext.cli import calibrate, commands, compare, merge, sweep
 from dcmerge_ext.version import __version__
 
 
@@ -40,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibrate.add_arguments(calibrating)
     calibrating.set_defaults(run=calibrate.run)
+
+    comparing = subcommands.add_parser(
+        "compare", parents=[common], help="which layers of a merged checkpoint lost which task: a report"
+    )
+    compare.add_arguments(comparing)
+    comparing.set_defaults(run=compare.run)
 
     info = subcommands.add_parser("info", parents=[common], help="versions, and which backends exist here or why not")
     info.set_defaults(run=commands.run_info)

@@ -131,14 +131,15 @@ class DCMerge(CoverMethod, frozen=True):
 
     def blocks(self, cover: Cover, live: Tensor, updates: Updates, ranks: Sequence[int], ctx: Context) -> list[Tensor]:
         slots = [r for r in ranks if r]
-        spectra, sizes = self._smoothed(cover.spectra, updates.all_lowrank), self._block_sizes(slots)
+        spectra, sizes = self.smoothed(cover.spectra, updates.all_lowrank), self._block_sizes(slots)
         if self.aggregate == "ties":
             counts = self._counts(live, min(updates.shape[-2:])).clamp(max=sum(slots) ** 2)
             return _ties_blocks(cover, spectra, slots, sizes, counts)
         blocks = _sum_blocks(cover, spectra, sizes)
         return [block / ctx.num_tasks for block in blocks] if self.aggregate == "mean" else blocks
 
-    def _smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
+    def smoothed(self, spectra: Sequence[Tensor], all_lowrank: bool) -> list[Tensor]:
+        """The retained singular values of each task, (..., r_i), as they enter the merge."""
         kind = self.smoothing or ("average" if all_lowrank else "none")
         rho, tau = 5.0 if self.rho is None else self.rho, 1.0 if self.tau is None else self.tau
         if len({S.shape[-1] for S in spectra}) == 1:  # all tasks at once: small operations cost their call

@@ -24,7 +24,10 @@ def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         U, S, Vh = for_device(A.device).svd(A)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ConvergenceError(str(error)) from error
+        if A.dtype == torch.float64 or not bool(A.isfinite().all()):
+            raise ConvergenceError(str(error)) from error
+        # gesdd gives up on a few matrices in float32, such as one whose singular values are all alike
+        U, S, Vh = (x.to(A.dtype) for x in svd(A.double()))
     if not bool(S[..., :1].isfinite().all()):
         raise ConvergenceError(f"not finite, or singular values beyond {A.dtype}")
     return U, S, Vh

@@ -1,0 +1,166 @@
+"""A merged checkpoint against its tasks, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dcmerge_ext.checkpoints.config import MergeConfig
+from dcmerge_ext.checkpoints.execute import Executor, TensorResult, load_updates
+from dcmerge_ext.checkpoints.files import read_json
+from dcmerge_ext.checkpoints.locate import locate
+from dcmerge_ext.checkpoints.output import RECORD_NAME
+from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, make_plan
+from dcmerge_ext.checkpoints.run import compute_device, lora_scale_of, open_inputs
+from dcmerge_ext.comparison.measure import Smooth, measure
+from dcmerge_ext.comparison.result import SCHEMA, Comparison, Matrix, Other, summarize
+from dcmerge_ext.errors import InputError, OptionError
+from dcmerge_ext.lowrank import LowRank
+from dcmerge_ext.methods.dc_merge import DCMerge
+from dcmerge_ext.methods.registry import create
+from dcmerge_ext.similarity import cos_sim
+from dcmerge_ext.updates import Updates, check_weights
+from dcmerge_ext.version import __version__
+
+
+def compare(
+    merged: str | Path,
+    base: str | Path | None = None,
+    tasks: Sequence[str | Path] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    match: str | None = None,
+    rank: int | None = None,
+    device: str = "auto",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """What a merge kept of each task, matrix by matrix, with the memory of a few tensors.
+
+    Args:
+        merged: a merged checkpoint or adapter. Its ``dcmerge.json`` names base, tasks, weights, method and options.
+        base, tasks, weights: in place of what the record says, where the inputs have moved; needed where there is no
+            record, for what another tool merged (base: not for adapters alone).
+        match: regular expression for the whole name of the tensors to compare. None: all.
+        rank: components of each task that count. None: the rank of an adapter, min(m, n) / T of a full fine-tune.
+        device: "auto", "cpu" or "cuda".
+        advance: told how many tensors are done, of how many.
+    Returns:
+        Comparison, with ``save_html`` and ``save_json``.
+    Raises:
+        InputError: inputs that are missing, or do not fit together.   ConvergenceError: an SVD failed (NaN).
+    """
+    path = locate(merged)
+    record = _record(path)
+    config = _config(path, record, base, tasks, weights, device)
+    plan = _plan(config, match)
+    smooth = _smoothing(record)
+    matrices: dict[str, Matrix] = {}
+    others: dict[str, Other] = {}
+    if rank is not None and rank < 1:
+        raise OptionError(f"compare: rank must be 1 or more, got {rank}")
+
+    def work(tensor: TensorPlan) -> TensorResult:
+        stored = plan.base.read(tensor.name)
+        everything = load_updates(plan, tensor, None, stored, executor.device)
+        updates, result = Updates(everything.specs[:-1], lambda i: everything[i]), everything[-1]
+        if tensor.action == "merge":
+            matrices[tensor.name] = measure(tensor.name, updates, result, rank, smooth)
+        else:
+            near = [None if spec.rank == 0 else _cosine(updates[i], result) for i, spec in enumerate(updates.specs)]
+            others[tensor.name] = Other(tensor.name, list(stored.shape), near)
+        advance(len(matrices) + len(others), len(changed))
+        return TensorResult(tensor.name, tensor.action)
+
+    executor = Executor(plan, compute_device(config.device))
+    changed = [t for t in plan.tensors if any(spec.rank != 0 for spec in t.specs[:-1])]
+    executor.run(changed, work)
+    changed.sort(key=lambda t: _by_number(t.name))
+    found = [matrices[t.name] for t in changed if t.name in matrices]
+    return Comparison(
+        SCHEMA,
+        __version__,
+        str(merged),
+        config.base,
+        list(config.tasks[:-1]),
+        list(plan.weights[:-1]),
+        record.get("method"),
+        record.get("options", {}),
+        record.get("scale"),
+        summarize(found, plan.num_tasks - 1),
+        found,
+        [others[t.name] for t in changed if t.name in others],
+    )
+
+
+def _record(path: Path) -> Mapping[str, Any]:
+    return read_json(path / RECORD_NAME) if (path / RECORD_NAME).is_file() else {}
+
+
+def _config(
+    path: Path,
+    record: Mapping[str, Any],
+    base: str | Path | None,
+    tasks: Sequence[str | Path] | None,
+    weights: Sequence[float] | None,
+    device: Any,
+) -> MergeConfig:
+    """The inputs as a configuration whose last task is the merged checkpoint itself."""
+    if tasks is None and "tasks" not in record:
+        raise InputError(
+            f"{path}: has no {RECORD_NAME} that names its tasks; give them (--task), and the base (--base)"
+        )
+    before = record.get("config", {})
+    named = [str(task) for task in tasks] if tasks is not None else list(before["tasks"])
+    if not named:
+        raise InputError("compare: tasks is empty; give at least one")
+    if weights is None and len(record.get("weights", ())) == len(named):
+        weights = record["weights"]
+    return MergeConfig(
+        tasks=[*named, str(path)],
+        out="",
+        base=str(base) if base is not None else before.get("base"),
+        method="dc_merge",  # a method of matrices: what it would merge is what is compared
+        weights=[*check_weights(weights, len(named)), 1.0],
+        device=device,
+        vocab=before.get("vocab", "error"),
+        extra="ignore",
+        lora_scale=lora_scale_of(msgspec.convert(before, MergeConfig)) if before else "apply",
+    )
+
+
+def _plan(config: MergeConfig, match: str | None) -> Plan:
+    base_path = None if config.base is None else locate(config.base)
+    base, tasks = open_inputs([locate(task) for task in config.tasks], base_path, config.lora_scale)
+    plan = make_plan(base, tasks, config, with_base=base_path is not None)
+    if match is None:
+        return plan
+    try:
+        chosen = tuple(t for t in plan.tensors if re.fullmatch(match, t.name))
+    except re.error as error:
+        raise OptionError(f"--match {match}: not a regular expression ({error})") from error
+    if not chosen:
+        raise OptionError(f"--match {match}: fits the whole name of none of {len(plan.tensors)} tensors")
+    return Plan(plan.base, plan.tasks, plan.weights, plan.method, plan.scale, chosen, plan.notes)
+
+
+def _smoothing(record: Mapping[str, Any]) -> Smooth | None:
+    if record.get("method") != DCMerge.name:
+        return None
+    method = create(DCMerge.name, {k: v for k, v in record["options"].items() if v is not None})
+    assert isinstance(method, DCMerge)
+    return method.smoothed
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _cosine(update: Any, merged: Any) -> float:
+    """CosSim of tensors of any shape."""
+    a, b = (x.dense() if isinstance(x, LowRank) else x for x in (update, merged))
+    return float(cos_sim(a.reshape(1, -1), b.reshape(1, -1)))
