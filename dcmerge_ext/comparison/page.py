@@ -42,7 +42,7 @@ def render(comparison: Comparison) -> str:
         comparison=comparison,
         names=names,
         most_lost=comparison.most_lost(_PAIRS),
-        library=vl_convert.javascript_bundle(None, vl_version=alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]),
+        library=vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]),  # type: ignore[call-arg]
         # a name must not end the script element
         chart=_chart(comparison, names).to_json(indent=None).replace("<", r"\u003c") if comparison.matrices else "",
         settings=_EMBED,
