@@ -484,4 +484,6 @@ class TestProcess:
             main(["--help"])
         assert exit_info.value.code == 0
         text = capsys.readouterr().out
-        assert all(command in text for command in ("merge", "plan", "sweep", "calibrate", "compare", "info", "methods", "demo"))
+        assert all(
+            command in text for command in ("merge", "plan", "sweep", "calibrate", "compare", "info", "methods", "demo")
+        )
