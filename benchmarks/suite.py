@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from case import Case
+from case import Case, Problem
 from factorizations import polar, truncated_svd
 from llava import llava
 from merges import Source, fine_tuned_digits, full_fine_tunes, lora, power_law, trim_elect_mask
+from method_rows import core_space, doge, elementwise, esm, iso_c, iso_cts, knots, robust_merge, score, tsv_m, wudi
 
 GROWTH_N, GROWTH_RANK, GROWTH_T = (
     "truncated_svd, n x n, rank n / 8",
@@ -45,6 +47,35 @@ def _svd(n: int, rank: int) -> Case:
     return Case(f"svd/{n}x{n}/r{rank}", partial(truncated_svd, n=n, rank=rank, rivals=main), floor, aim, curves)
 
 
+_FULL_AND_LORA: dict[str, Callable[..., Problem]] = {
+    **{
+        name: partial(elementwise, method=name)
+        for name in ("averaging", "task_arithmetic", "ties", "dare", "consensus", "pcb")
+    },
+    "tsv_m": tsv_m,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
+    "score": score,
+    "esm": esm,
+    "wudi": wudi,
+    "doge": doge,
+}
+_LORA_ALONE: dict[str, Callable[..., Problem]] = {
+    "knots": knots,
+    "core_space": core_space,
+    "robust_merge": robust_merge,
+}
+
+
+def _methods() -> Iterator[Case]:
+    """DC-Merge has rows of its own."""
+    for name, prepare in _FULL_AND_LORA.items():
+        yield Case(f"method/{name}/768x768/T8", partial(prepare, m=768, n=768, tasks=8), floor=1.0)
+        yield Case(f"method/{name}/lora/4096x4096/T8", partial(prepare, m=4096, n=4096, tasks=8, lora=True), floor=1.0)
+    for name, prepare in _LORA_ALONE.items():
+        yield Case(f"method/{name}/lora/4096x4096/T8", partial(prepare, m=4096, n=4096, tasks=8), floor=1.0)
+
+
 CASES = [
     *(_full(768, 768, tasks) for tasks in (2, 3, 4, 6, 8, 12, 16, 20)),
     _full(768, 768, 8, "j^-1"),
@@ -77,4 +108,5 @@ CASES = [
         floor=5.0,
         aim=10.0,
     ),
+    *_methods(),
 ]
