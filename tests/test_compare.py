@@ -19,6 +19,7 @@ from torch import Tensor
 import dcmerge_ext as dcm
 from dcmerge_ext.cli import main
 from dcmerge_ext.comparison.measure import POINTS, measure
+from dcmerge_ext.comparison.page import labels
 from dcmerge_ext.comparison.result import Comparison
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.lowrank import LowRank
@@ -288,6 +289,12 @@ def test_names_are_escaped(family: Path) -> None:
     page = (family / "report.html").read_text()
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_no_task_is_labelled_as_another_or_as_the_merged_update() -> None:
+    assert labels(["x/law", "x/code/"]) == ["law", "code"]
+    for paths in (["x/law", "x/merged"], ["x/a", "y/a"], ["x/a", "x/a"]):
+        assert len({*labels(paths), "merged"}) == 3, paths
 
 
 def test_two_hundred_layers_stay_below_5_mb(tmp_path: Path) -> None:

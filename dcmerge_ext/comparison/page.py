@@ -18,6 +18,8 @@ except ImportError as error:
     ) from error
 
 _PAIRS = 10
+_MERGED = "merged"
+"""What the merged update is called among the tasks; no task has this label."""
 _LABELS = 70
 """Matrices up to which each has its name beside the map."""
 _LINES = alt.Legend(symbolType="stroke", symbolStrokeWidth=2)
@@ -50,10 +52,10 @@ def render(comparison: Comparison) -> str:
 
 
 def labels(paths: list[str]) -> list[str]:
-    """A short name for each task: the last part of its path where that tells them apart."""
+    """A short name for each task: the last part of its path where that tells them, and the merged update, apart."""
     short = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
     return [
-        name if short.count(name) == 1 else f"{i + 1}: {path}"
+        name if short.count(name) == 1 and name != _MERGED else f"{i + 1}: {path}"
         for i, (name, path) in enumerate(zip(short, paths, strict=True))
     ]
 
@@ -128,7 +130,7 @@ def _spectra(matrices: list[Matrix], names: list[str], picked: alt.Parameter) ->
             add(matrix, matrix.spectra.tasks[i], name, "update")
             if matrix.spectra.smoothed:
                 add(matrix, matrix.spectra.smoothed[i], name, "smoothed")
-        add(matrix, matrix.spectra.merged, "merged", "update")
+        add(matrix, matrix.spectra.merged, _MERGED, "update")
     return (
         alt.Chart(alt.Data(values=rows), title="singular values")
         .transform_filter(picked)
@@ -138,7 +140,7 @@ def _spectra(matrices: list[Matrix], names: list[str], picked: alt.Parameter) ->
         .encode(
             x=alt.X("index:Q", scale=alt.Scale(type="log", nice=False), title="index", axis=alt.Axis(format="d")),
             y=alt.Y("sigma:Q", scale=alt.Scale(type="log"), title=None, axis=alt.Axis(format=".0e", tickCount=5)),
-            color=alt.Color("task:N", scale=_task_scale([*names, "merged"]), title=None, legend=_LINES),
+            color=alt.Color("task:N", scale=_task_scale([*names, _MERGED]), title=None, legend=_LINES),
             strokeDash=alt.StrokeDash(
                 "kind:N", scale=alt.Scale(domain=["update", "smoothed"], range=[[1, 0], [5, 3]]), legend=None
             ),
@@ -238,7 +240,7 @@ def _task_scale(names: list[str]) -> alt.Scale:
     colours = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999"]  # Okabe and Ito
     return alt.Scale(
         domain=names,
-        range=["#000000" if name == "merged" else colours[i % len(colours)] for i, name in enumerate(names)],
+        range=["#000000" if name == _MERGED else colours[i % len(colours)] for i, name in enumerate(names)],
     )
 
 
