@@ -450,6 +450,8 @@ def _results(shares: Callable[[int, str, str, int], tuple[float, float]]) -> Res
         ([-0.03, -0.05], "does not hold"),
         ([-0.01, -0.01], "does not hold, but within chance"),
         ([0.08, -0.01], "undecided: the seeds disagree"),
+        ([0.0, 0.0], "no difference"),
+        ([0.0, 0.01], "holds, but within chance"),
     ],
 )
 def test_verdicts(differences: list[float], expected: str) -> None:
@@ -498,7 +500,7 @@ def test_claims_fail_where_the_numbers_do() -> None:
     assert found["Smoothing hurts (full fine-tunes)"].verdict.startswith("does not hold")
     same = replace(results, merged=[replace(row, normalized=0.5) for row in results.merged])
     assert math.isnan(claims.correlation(same, 0, "full", "dir_sim").pearson)
-    assert "| **undecided: nothing to correlate** |" in report.markdown(same, QUICK)
+    assert "| **undecided: nothing to correlate** |" in report.markdown(same, QUICK, report.environment())
 
 
 def test_parts_hold_texts_and_labels() -> None:

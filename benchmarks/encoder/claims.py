@@ -48,6 +48,8 @@ def check(results: Results, protocol: Protocol) -> list[Claim]:
 
 def verdict(differences: Sequence[float], chance: float) -> str:
     """Of a claim that all differences are positive; ``chance`` is what their mean may reach by it."""
+    if not any(differences):
+        return "no difference"
     within = ", but within chance" if abs(fmean(differences)) <= chance else ""
     if all(d >= 0 for d in differences):
         return "holds" + within

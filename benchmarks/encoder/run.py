@@ -1,6 +1,6 @@
 """Fine-tune a real text encoder for unrelated tasks, merge by every method, and check what DC-Merge's paper claims.
 
-    python -m benchmarks.encoder --report docs/experiment.md    # two seeds: about an hour on two cores
+    python -m benchmarks.encoder --report docs/experiment.md    # two seeds: about two hours on two cores
     python -m benchmarks.encoder --quick                        # every line of code in half a minute; no claim
 
 What is complete in --out is not done again: an interrupted run goes on where it was.
@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -65,7 +66,7 @@ def run(
     """
     console = Console(stderr=True, highlight=False)
     started = time.perf_counter()
-    _claim_folder(place, protocol)
+    begun = _claim_folder(place, protocol)
     jobs.one_thread()
     if not place.base.exists():
         partial = place.base.with_name("base.partial")
@@ -78,8 +79,8 @@ def run(
             console.print(f"{time.perf_counter() - started:6.0f} s  {i}/{len(phase)}  {name}", markup=False)
     done = [merge for seed in seeds for merge in merges(protocol, seed)]
     results = place.collect(protocol.tasks, KINDS, [(merge.seed, merge.name) for merge in done])
-    write_json(place.results, {**report.environment(), "protocol": asdict(protocol), **asdict(results)})
-    text = report.markdown(results, protocol)
+    write_json(place.results, {"begun": begun, "protocol": asdict(protocol), **asdict(results)})
+    text = report.markdown(results, protocol, begun)
     file = file or place.out / "report.md"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
@@ -89,17 +90,21 @@ def run(
     return results
 
 
-def _claim_folder(place: Place, protocol: Protocol) -> None:
-    """Make the folder, or see that it belongs to this protocol."""
+def _claim_folder(place: Place, protocol: Protocol) -> dict[str, Any]:
+    """Make the folder, or see that it belongs to this protocol. When and with what it was begun."""
     file = place.out / "protocol.json"
     mine = json.loads(json.dumps(asdict(protocol)))
     if file.exists():
-        if json.loads(file.read_text(encoding="utf-8")) != mine:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        begun: dict[str, Any] = stored.pop("begun")
+        if stored != mine:
             raise InputError(f"{place.out}: holds a run with other settings; choose another --out")
-    elif place.out.exists() and any(place.out.iterdir()):
+        return begun
+    if place.out.exists() and any(place.out.iterdir()):
         raise InputError(f"{place.out}: is not empty and not an earlier run; choose another --out")
-    else:
-        write_json(file, mine)
+    begun = report.environment()
+    write_json(file, {**mine, "begun": begun})
+    return begun
 
 
 def _keep(place: Place, results: Results, done: Sequence[Merge], folder: Path) -> None:

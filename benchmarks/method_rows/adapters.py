@@ -51,7 +51,7 @@ def knots(setting: Setting, m: int, n: int, tasks: int) -> Problem:
             extrapolated(
                 lambda: reference.knots(parts, tasks),
                 [(1, lambda: full_svd(torch.cat([u.dense() for u in factors], 1), k))],
-                f"one full SVD of {m} x {tasks * n}",
+                f"one full SVD of {factors[0].shape[0]} x {tasks * factors[0].shape[1]}",
             )
         ],
         check=check,

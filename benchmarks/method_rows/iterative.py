@@ -19,7 +19,17 @@ from torch import Tensor
 
 from dcmerge_ext import LowRank, methods
 from dcmerge_ext.lowrank import Update
-from method_rows.common import PLAIN, SINGLE, adapters, components, full_updates, near_decided, single, task_svds
+from method_rows.common import (
+    LAPACK,
+    PLAIN,
+    SINGLE,
+    adapters,
+    components,
+    full_updates,
+    near_decided,
+    single,
+    task_svds,
+)
 
 _ROWS = 256
 """Of WUDI-Merging whose descent is repeated in float64: they do not depend on each other."""
@@ -134,6 +144,7 @@ def _doge_adapters(factors: Sequence[LowRank], steps: int) -> Problem:
             )
         ],
         check=near_decided(_doge_decided(exact, _doge_descent(exact, few, lr)), SINGLE),
+        rival_bound=LAPACK,
         flops=flops.doge(
             rows, columns, tasks, rank, exact.basis.shape[1], steps, flops.lowrank_svd(rows, columns, rank)
         ),
