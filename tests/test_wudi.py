@@ -140,6 +140,18 @@ class TestIdentities:
         total = cases.dense(tasks[0]) + cases.dense(tasks[1])
         assert cases.error(wudi(tasks), total) < 4 * torch.finfo(dtype).eps
 
+    def test_small_entries_of_the_gradient_are_no_round_off(self) -> None:
+        """Adam's first steps are as long for them as for large ones: in float32 they have to be taken, too."""
+        random = torch.Generator().manual_seed(0)
+        adapters = [
+            LowRank(*(torch.randn(*shape, dtype=torch.float64, generator=random) for shape in ((32, 16), (16, 1024))))
+            for _ in range(8)
+        ]
+        total = sum((u.dense() for u in adapters[1:]), adapters[0].dense())
+        exact = wudi(adapters, iterations=5, lr=0.1) - total
+        single = wudi([u.to(torch.float32) for u in adapters], iterations=5, lr=0.1).double() - total
+        assert cases.error(single, exact) < 1e-4
+
     def test_order_of_the_tasks_does_not_matter(self) -> None:
         updates = fine_tunes(3, 20, 24)
         merged = [wudi(list(p)) for p in itertools.permutations(updates)]

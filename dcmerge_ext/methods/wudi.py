@@ -132,7 +132,8 @@ def _start(updates: Updates, total: Tensor) -> tuple[Tensor, _Gram, float]:
     """G (..., m, n), half the gradient at the sum of the updates; C; and the loss there, added up over a batch."""
     n = total.shape[-1]
     half, loss = torch.zeros_like(total), 0.0
-    heights, widths = total.new_zeros(total.shape[:-1]), total.new_zeros(*total.shape[:-2], n)
+    heights: list[Tensor] = []
+    widths: list[Tensor] = []
     narrow = 2 * sum(map(_rows, updates.specs)) < n
     factors: list[Tensor] = []
     square = None if narrow else total.new_zeros(*total.shape[:-2], n, n)
@@ -142,9 +143,10 @@ def _start(updates: Updates, total: Tensor) -> tuple[Tensor, _Gram, float]:
         update = updates[i]
         X = _normalized_rows(update, total.dtype)
         dense = dense_update(update).to(total.dtype)
-        heights += dense.norm(dim=-1)
-        widths += X.norm(dim=-2)
         gram, others = _Gram.of(X), total - dense
+        # in float64, where no square overflows or vanishes
+        heights.append(torch.linalg.vector_norm(others, dim=-1, dtype=torch.float64).square_())
+        widths.append(torch.linalg.vector_norm(X, dim=-2, dtype=torch.float64).square_())
         pull = gram.after(others)
         loss += float((pull * others).sum(dtype=torch.float64))
         half += pull
@@ -152,9 +154,11 @@ def _start(updates: Updates, total: Tensor) -> tuple[Tensor, _Gram, float]:
             factors.append(X)
         else:
             square += X.mT @ X if gram.right is not None else gram.left
-    # what is zero up to round-off: tasks alone, or orthogonal to the others
-    round_off = heights[..., :, None] * (4 * torch.finfo(total.dtype).eps * widths[..., None, :])
-    half.masked_fill_(half.abs() <= round_off, 0)
+    # zero up to round-off: tasks alone, or orthogonal to the others. What products of orthogonal factors leave stays below
+    # two thirds of this, and little of a true gradient is that small: Adam's steps are as long for small entries as for large
+    if heights:
+        squares = torch.stack(heights, dim=-1) @ torch.stack(widths, dim=-2)
+        half.masked_fill_(half.abs() <= squares.sqrt_().mul_(torch.finfo(total.dtype).eps), 0)
     if square is not None:
         return half, _Gram(square), loss
     X = torch.cat(factors, dim=-2) if factors else total.new_zeros(*total.shape[:-2], 0, n)
