@@ -86,7 +86,12 @@ class Updates(Sequence[Update]):
             UpdateSpec(tuple(u.shape), u.rank if isinstance(u, LowRank) else None, compute_dtype(u.dtype))
             for u in updates
         ]
-        return cls(specs, lambda i: updates[i].to(specs[i].dtype) * factors[i])
+
+        def load(i: int) -> Update:
+            update = updates[i].to(specs[i].dtype)
+            return update if factors[i] == 1 else update * factors[i]
+
+        return cls(specs, load)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -142,14 +142,20 @@ class TestEveryMethod:
         assert cases.error(weighted, merged_tensor([updates[0] * 2.0, updates[1], updates[2] * -0.5], method)) < 1e-11
         assert cases.error(weighted, merged_tensor(updates, method)) > 1e-2
 
-    @every_method
-    def test_the_updates_are_left_alone(self, method: str) -> None:
-        updates = cases.full_updates(2, 8, 6)
-        before = [u.clone() for u in updates]
-        for count in (1, 2):
-            merged = merge_updates(updates[:count], method)
-            merged.zero_()
-        assert all(torch.equal(a, b) for a, b in zip(updates, before, strict=True))
+    @every_registered
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_updates_are_left_alone(self, method: str, dtype: torch.dtype) -> None:
+        """And the result is no view of one, or of its factors."""
+        families: list[list[Update]] = [list(cases.lora_updates([2, 2], 8, 6, dtype=dtype))]
+        if method not in cases.LORA_ONLY:
+            families.append(list(cases.full_updates(2, 8, 6, dtype=dtype)))
+        for updates in families:
+            before = [cases.dense(u).clone() for u in updates]
+            for count in (1, 2):
+                merged = merge_updates(updates[:count], method)
+                for part in (merged.left, merged.right) if isinstance(merged, LowRank) else (merged,):
+                    part.zero_()
+            assert all(torch.equal(cases.dense(a), b) for a, b in zip(updates, before, strict=True))
 
     @every_method
     def test_only_zero_tasks_merge_to_zero(self, method: str) -> None:

@@ -27,15 +27,12 @@ _SAMPLE = 1 << 17
 # passes over the updates, not counting the one that writes the products of adapters
 _PASSES = {"averaging": 1, "task_arithmetic": 1, "ties": 2, "dare": 1, "consensus": 2, "pcb": 3}
 
-_CHECKED = (
-    "every update is searched for NaN and Inf and multiplied by its weight, too, passes as long as the sum itself"
-)
+_CHECKED = "every update is searched for NaN and Inf, too, a pass as long as the sum itself"
 _NOTES = {
     "averaging": _CHECKED,
     "task_arithmetic": _CHECKED,
     "dare": "masks are Philox's, by calls of torch on int64: the same on every device, however a tensor is split; those of the "
     "rival are native and depend on both",
-    "pcb": "balances are found three times rather than held, so that no model has to be in memory",
 }
 """Why a row may lie below 1."""
 

@@ -35,12 +35,14 @@ _MOST_SMALL = 0.6
 
 
 def by_svd(X: Tensor, tolerance: float) -> _Factors:
-    """Thin QR X = Q0 R and the SVD R = W S Z': Q = Q0 W Z', H = Z S Z'. Any shape, any rank."""
-    basis, triangle = torch.linalg.qr(X)
+    """Thin QR X = Q0 R (unless X is square) and the SVD R = W S Z': Q = Q0 W Z', H = Z S Z'. Any shape, any rank."""
+    square = X.shape[0] == X.shape[1]
+    basis, triangle = (None, X) if square else torch.linalg.qr(X)
     W, S, Zh = svd(triangle)
     H = Zh.mT @ (S[:, None] * Zh)
     kept = S.masked_fill(tolerance * S[:1] >= S, 0)
-    return basis @ (W * (kept > 0) @ Zh), H, kept
+    factor = W * (kept > 0) @ Zh
+    return factor if basis is None else basis @ factor, H, kept
 
 
 def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors | None:

@@ -27,6 +27,7 @@ from dcmerge_ext.methods.sums import mean_instead, zero_update
 from dcmerge_ext.methods.tsv_m import TsvM
 from dcmerge_ext.products import wide_product
 from dcmerge_ext.svd.dense import eigh
+from dcmerge_ext.svd.factors import thin_qr
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Esm(Method, frozen=True):
     cancels. LowRank updates keep all their directions by default and give a LowRank of rank k, the sum of the r_t.
     Scale: 1; the authors search 0.1, 0.2 .. 3.0 on validation data (roberta: up to 20). Their scale for CLIP is that of
     the matrices with activations alone, all others have 1. ESM++, which routes inputs, is not offered. Cost per matrix,
-    twice with ``layer_scaling``: per task a Cholesky factor n x n, 2 m n^2 flops and a truncated SVD; polar factors of
+    twice with ``layer_scaling``: per task a Cholesky factor n x n, 2 m n^2 flops and a truncated SVD (of LowRank updates 2 n^2 r flops and small matrices); polar factors of
     m x T k and T k x n; 4 k T m n flops for products.
 
     Deviations from the published code, where its result is arbitrary: directions in which no output shifts take no part
@@ -276,8 +277,8 @@ class Esm(Method, frozen=True):
             return self._fallback.flops(specs, num_tasks)
         *leading, m, n = specs[0].shape
         kept = [min(count, m, n) for count in self._slots(specs, num_tasks)]
-        # a Cholesky factor in float64, and its product with the update
-        shifts = sum(n**3 + 2 * (m if spec.rank is None else spec.rank) * n * n for spec in specs if spec.rank != 0)
+        # a Cholesky factor in float64, and its product with the update; of factors what they see of X'X
+        shifts = sum(n**3 + 2 * m * n * n if spec.rank is None else 2 * spec.rank * n * n for spec in specs)
         one = cover_flops(specs, kept) + math.prod(leading) * (shifts + 2 * sum(kept) * m * n)
         return float((2 if self.layer_scaling else 1) * one)
 
@@ -348,11 +349,21 @@ def _check_fits(gram: Gram, shape: tuple[int, ...], first: Gram) -> None:
 def _output_shift(update: Update, gram: Gram | None) -> Update:
     """Delta R with R R' = X'X: (Delta R)(Delta R)' = (X Delta')'(X Delta')."""
     assert gram is not None
-    root = gram_root(gram.read().to(update.device), gram.where)
-    root = root.expand(*update.shape[:-2], *root.shape[-2:])
+    matrix = gram.read().to(update.device)
     if isinstance(update, LowRank):
-        return LowRank(update.left, wide_product(update.right, root))
-    return wide_product(update, root)
+        return LowRank(update.left, _shifted_factor(update.right.double(), matrix, gram.where).to(update.dtype))
+    root = gram_root(matrix, gram.where)
+    return wide_product(update, root.expand(*update.shape[:-2], *root.shape[-2:]))
+
+
+def _shifted_factor(right: Tensor, gram: Tensor, where: str) -> Tensor:
+    """A R (..., r, n) up to a rotation from the right: with A' = Q L' of orthonormal columns, L root(Q' X'X Q) and zeros.
+
+    Of X'X only what the factor's rows see is decomposed, r x r rather than n x n.
+    """
+    Q, upper = thin_qr(right.mT)
+    seen = upper.mT @ gram_root(Q.mT @ gram @ Q, where)
+    return torch.nn.functional.pad(seen, (0, right.shape[-1] - seen.shape[-1]))
 
 
 def gram_root(gram: Tensor, where: str) -> Tensor:
