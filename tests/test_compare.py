@@ -238,6 +238,22 @@ def test_weights_and_matches_and_ranks(family: Path) -> None:
             dcm.compare(out, **arguments)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 100), (torch.bfloat16, 1)])
+def test_rounding_adds_no_directions(tmp_path: Path, dtype: torch.dtype, size: float) -> None:
+    """The merge keeps the first of two tasks with no direction in common, in files that round all they hold."""
+    base = size * torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    P, Q = cases.orthonormal(64, 4, 1).float(), cases.orthonormal(48, 4, 2).float()
+    first, second = (P[:, i] @ Q[:, i].T for i in (slice(0, 2), slice(2, 4)))
+    for name, update in (("base", 0 * first), ("first", first), ("second", second), ("merged", first)):
+        write_model(tmp_path / name, {"a.weight": (base + update).to(dtype)})
+    paths = [tmp_path / name for name in ("merged", "base", "first", "second")]
+    (matrix,) = dcm.compare(paths[0], paths[1], paths[2:], rank=2).matrices
+    assert matrix.spectra.merged.index[-1] == 4
+    assert matrix.spectra.merged.values[-1] > 0  # the page shows it
+    found = [task.dir_sim for task in matrix.tasks if task]
+    assert found == pytest.approx([1, 0], abs=0.01)
+
+
 def test_adapters_are_compared_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["layers.0.q_proj", "layers.1.q_proj"]
     base = {f"{name}.weight": torch.zeros(16, 12) for name in names}

@@ -28,11 +28,19 @@ _T = TypeVar("_T")
 
 
 @without_autocast
-def measure(name: str, updates: Updates, merged: Update, rank: int | None, smooth: Smooth | None) -> Matrix:
+def measure(
+    name: str,
+    updates: Updates,
+    merged: Update,
+    rank: int | None,
+    smooth: Smooth | None,
+    round_off: float = 0.0,
+) -> Matrix:
     """Compare the T updates of a matrix, (..., m, n), with the merged one; numbers of a stack are means over it.
 
     Each task takes part with its r_t leading components: ``rank``, or the rank of a LowRank, or int(min(m, n) / T) of a
-    dense update, at least 1. Tasks that do not touch the matrix have no numbers.
+    dense update, at least 1. Tasks that do not touch the matrix have no numbers. Directions of the merged update whose
+    singular values do not exceed ``round_off`` are no directions.
     """
     tasks, q = len(updates), min(updates.shape[-2:])
     kept = component_ranks(updates.specs, tasks, None if rank is None else min(rank, q))
@@ -40,6 +48,9 @@ def measure(name: str, updates: Updates, merged: Update, rank: int | None, smoot
         kept = [1 if spec.rank is None else min(spec.rank, 1) for spec in updates.specs]
     touching = [i for i, r in enumerate(kept) if r]
     whole = components_of_one("compare", merged, _slots(merged, min(q, sum(kept))))
+    spectrum = _curve(whole.S)
+    live = round_off < whole.S
+    whole = Components(whole.U * live[..., None, :], whole.S * live, whole.Vh * live[..., None])
 
     def look(i: int) -> tuple[Components, TaskInMatrix]:
         update = updates[i]
@@ -62,7 +73,7 @@ def measure(name: str, updates: Updates, merged: Update, rank: int | None, smoot
         _spread([_spread(row, touching, tasks) for row in blocks], touching, tasks, [None] * tasks),
         outside,
         Spectra(
-            _curve(whole.S),
+            spectrum,
             _spread([_curve(S) for S in spectra], touching, tasks),
             _spread([_curve(S) for S in smoothed], touching, tasks) if smoothed else None,
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from dcmerge_ext.checkpoints.config import MergeConfig
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult, load_updates
@@ -19,7 +20,7 @@ from dcmerge_ext.checkpoints.run import compute_device, lora_scale_of, open_inpu
 from dcmerge_ext.comparison.measure import Smooth, measure
 from dcmerge_ext.comparison.result import SCHEMA, Comparison, Matrix, Other, summarize
 from dcmerge_ext.errors import InputError, OptionError
-from dcmerge_ext.lowrank import LowRank
+from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.dc_merge import DCMerge
 from dcmerge_ext.methods.registry import create
 from dcmerge_ext.similarity import cos_sim
@@ -68,7 +69,9 @@ def compare(
         everything = load_updates(plan, tensor, None, stored, executor.device)
         updates, result = Updates(everything.specs[:-1], lambda i: everything[i]), everything[-1]
         if tensor.action == "merge":
-            matrices[tensor.name] = measure(tensor.name, updates, result, rank, smooth)
+            matrices[tensor.name] = measure(
+                tensor.name, updates, result, rank, smooth, _round_off(plan, tensor, result)
+            )
         else:
             near = [None if spec.rank == 0 else _cosine(updates[i], result) for i, spec in enumerate(updates.specs)]
             others[tensor.name] = Other(tensor.name, list(stored.shape), near)
@@ -153,6 +156,19 @@ def _smoothing(record: Mapping[str, Any]) -> Smooth | None:
     method = create(DCMerge.name, {k: v for k, v in record["options"].items() if v is not None})
     assert isinstance(method, DCMerge)
     return method.smoothed
+
+
+def _round_off(plan: Plan, tensor: TensorPlan, merged: Update) -> float:
+    """Above the spectral norm of what rounding the stored weights W added: eps rms(W) / 2 (sqrt(m) + sqrt(n)).
+
+    The rounding errors are as good as independent, of eps |w| / 2 at most and of half that in the mean square.
+    """
+    if isinstance(merged, LowRank):
+        return 0.0
+    (stored,) = plan.tasks[-1].raw(tensor.name, None)
+    m, n = merged.shape[-2:]
+    size = float(torch.linalg.vector_norm(stored, dtype=torch.float64)) / stored.numel() ** 0.5
+    return float(torch.finfo(stored.dtype).eps / 2 * size * (m**0.5 + n**0.5))
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
