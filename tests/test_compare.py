@@ -152,6 +152,20 @@ def test_degenerate_input_has_numbers() -> None:
     assert found.blocks[1] == [None, None]
 
 
+def test_a_task_that_left_a_matrix_as_it_was_has_no_numbers(tmp_path: Path) -> None:
+    frozen, trained = torch.randn(9, 8), torch.randn(9, 8)
+    write_model(tmp_path / "base", {"frozen.weight": frozen, "trained.weight": trained})
+    for i in range(3):
+        update = (i < 2) * torch.randn(9, 8, generator=torch.Generator().manual_seed(i))
+        write_model(tmp_path / f"task{i}", {"frozen.weight": frozen, "trained.weight": trained + update})
+    (matrix,) = dcm.compare(merge(tmp_path)).matrices
+    assert matrix.name == "trained.weight"
+    assert matrix.ranks == [2, 2, 0]  # int(8 / 3)
+    assert [task is None for task in matrix.tasks] == [False, False, True]
+    assert matrix.blocks[2] == [None, None, None]
+    assert len(matrix.spectra.merged.index) == 4
+
+
 def test_long_spectra_are_sampled_to_their_end() -> None:
     update = cases.with_spectrum(300, 300, cases.power_law(300, 0.5), seed=1)
     curve = measure("layer", Updates.of([update]), update, None, None).spectra.merged

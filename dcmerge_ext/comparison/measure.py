@@ -39,13 +39,14 @@ def measure(
     """Compare the T updates of a matrix, (..., m, n), with the merged one; numbers of a stack are means over it.
 
     Each task takes part with its r_t leading components: ``rank``, or the rank of a LowRank, or int(min(m, n) / T) of a
-    dense update, at least 1. Tasks that do not touch the matrix have no numbers. Directions of the merged update whose
+    dense update, at least 1. Tasks that do not touch the matrix, or left it as it was, have rank 0 and no numbers. Directions of the merged update whose
     singular values do not exceed ``round_off`` are no directions.
     """
     tasks, q = len(updates), min(updates.shape[-2:])
     kept = component_ranks(updates.specs, tasks, None if rank is None else min(rank, q))
     if kept is None:  # more tasks than rows or columns
         kept = [1 if spec.rank is None else min(spec.rank, 1) for spec in updates.specs]
+    kept = [r if r and bool(_norm(updates[i]).any()) else 0 for i, r in enumerate(kept)]
     touching = [i for i, r in enumerate(kept) if r]
     whole = components_of_one("compare", merged, _slots(merged, min(q, sum(kept))))
     spectrum = _curve(whole.S)

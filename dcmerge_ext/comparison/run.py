@@ -61,6 +61,7 @@ def compare(
     smooth = _smoothing(record)
     matrices: dict[str, Matrix] = {}
     others: dict[str, Other] = {}
+    done: list[str] = []
     if rank is not None and rank < 1:
         raise OptionError(f"compare: rank must be 1 or more, got {rank}")
 
@@ -69,20 +70,21 @@ def compare(
         everything = load_updates(plan, tensor, None, stored, executor.device)
         updates, result = Updates(everything.specs[:-1], lambda i: everything[i]), everything[-1]
         if tensor.action == "merge":
-            matrices[tensor.name] = measure(
-                tensor.name, updates, result, rank, smooth, _round_off(plan, tensor, result)
-            )
+            found = measure(tensor.name, updates, result, rank, smooth, _round_off(plan, tensor, result))
+            if any(found.ranks):  # else every task left it as it was
+                matrices[tensor.name] = found
         else:
             near = [None if spec.rank == 0 else _cosine(updates[i], result) for i, spec in enumerate(updates.specs)]
             others[tensor.name] = Other(tensor.name, list(stored.shape), near)
-        advance(len(matrices) + len(others), len(changed))
+        done.append(tensor.name)
+        advance(len(done), len(changed))
         return TensorResult(tensor.name, tensor.action)
 
     executor = Executor(plan, compute_device(config.device))
     changed = [t for t in plan.tensors if any(spec.rank != 0 for spec in t.specs[:-1])]
     executor.run(changed, work)
     changed.sort(key=lambda t: _by_number(t.name))
-    found = [matrices[t.name] for t in changed if t.name in matrices]
+    compared = [matrices[t.name] for t in changed if t.name in matrices]
     return Comparison(
         SCHEMA,
         __version__,
@@ -93,8 +95,8 @@ def compare(
         record.get("method"),
         record.get("options", {}),
         record.get("scale"),
-        summarize(found, plan.num_tasks - 1),
-        found,
+        summarize(compared, plan.num_tasks - 1),
+        compared,
         [others[t.name] for t in changed if t.name in others],
     )
 
