@@ -413,6 +413,17 @@ class TestDegenerate:
         assert cases.error(scaled.double() / scale, merge_updates(updates, method)) < 1e-4
 
 
+@pytest.mark.parametrize("form", ["dense", "lowrank"])
+def test_what_counts_as_null_can_be_said(form: str) -> None:
+    """Singular values 1, 1e-3, 1e-9 in float64: three directions, or as many as lie above the fraction given."""
+    P, Q = cases.orthonormal(9, 3, 1), cases.orthonormal(7, 3, 2)
+    S = torch.tensor([1.0, 1e-3, 1e-9], dtype=torch.float64)
+    update = LowRank(P * S, Q.T) if form == "lowrank" else P * S @ Q.T
+    for tol, kept in ((None, 3), (0.01, 1), (1e-6, 2), (1e-12, 3)):
+        expected = S[:kept].sum() / 7 * P[:, :kept] @ Q[:, :kept].T
+        assert cases.error(iso_c([update], basis_tol=tol, mean_over="min_dim"), expected) < 1e-6
+
+
 def test_basis_tolerance_drops_dependent_directions() -> None:
     updates = cases.full_updates(3, 24, 20, exponent=1.0)
     loose = iso_cts(updates, basis_tol=0.5)

@@ -37,8 +37,7 @@ class IsoC(Method, frozen=True):
     rank-deficient dense sum add nothing here (partial isometry), while the mean remains over q, as published.
 
     Scale: 1; the authors search 0.1, 0.2 .. 3.0 on validation data. Cost per m x n matrix: T m n additions and a polar
-    factor; LowRank: 8 (m + n) k^2 flops. Singular values at or below 2 sqrt(max(m, n)) eps of the largest count as
-    null. Noise is amplified: a direction with sigma_j is known to eps sigma_1 / sigma_j, whatever its weight becomes.
+    factor; LowRank: 8 (m + n) k^2 flops. Noise is amplified: a direction with sigma_j is known to eps sigma_1 / sigma_j, whatever its weight becomes.
     """
 
     name = "iso_c"
@@ -57,6 +56,13 @@ class IsoC(Method, frozen=True):
             "min_dim, q = min(m, n) (paper and code). None: rank when all updates are LowRank, min_dim otherwise"
         ),
     ] = None
+    basis_tol: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(
+            description="singular values of the sum at or below this fraction of the largest count as null, and their "
+            "directions are dropped (the published code keeps all). None: 2 sqrt(max(m, n)) eps",
+        ),
+    ] = None
 
     def check(self, specs: Sequence[UpdateSpec], num_tasks: int) -> None:
         if len(specs[0].shape) < 2:
@@ -70,8 +76,9 @@ class IsoC(Method, frozen=True):
             return zero_update(updates)
         total = sum_updates(updates)
         if isinstance(total, LowRank):
-            return _flat_factors(total, self.mean_over or "rank", min(updates.shape[-2:]), ctx.facts)
-        return flattened(total, None, self.mean_over or "min_dim", ctx.facts)
+            q = min(updates.shape[-2:])
+            return _flat_factors(total, self.basis_tol, self.mean_over or "rank", q, ctx.facts)
+        return flattened(total, self.basis_tol, self.mean_over or "min_dim", ctx.facts)
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         *leading, m, n = specs[0].shape
@@ -123,7 +130,9 @@ def round_off(update: LowRank) -> Tensor:
     return size
 
 
-def _flat_factors(total: LowRank, over: Literal["rank", "min_dim"], q: int, facts: dict[str, Any]) -> LowRank:
+def _flat_factors(
+    total: LowRank, tol: float | None, over: Literal["rank", "min_dim"], q: int, facts: dict[str, Any]
+) -> LowRank:
     """mean(s) U V' of B A: with B = Q_B R_B and A' = Q_A R_A it is Q_B (mean(s) polar(R_B R_A')) Q_A'. In float64."""
     left_q, left_r = thin_qr(total.left.double())
     right_q, right_r = thin_qr(total.right.double().mT)
@@ -132,7 +141,10 @@ def _flat_factors(total: LowRank, over: Literal["rank", "min_dim"], q: int, fact
     least = torch.finfo(total.dtype).eps * total.rank**0.5  # as the truncated SVD of a LowRank has it
     # the Frobenius norm bounds the largest singular value, which the tolerance is relative to
     tolerances = (round_off(total) / torch.linalg.matrix_norm(core)).nan_to_num(1.0).clamp(least, 1).reshape(-1)
-    found = [polar_with_values(X, t) for X, t in zip(core.reshape(-1, rows, cols), tolerances.tolist(), strict=True)]
+    found = [
+        polar_with_values(X, t if tol is None else tol)
+        for X, t in zip(core.reshape(-1, rows, cols), tolerances.tolist(), strict=True)
+    ]
     flat, values = torch.stack([Q for Q, _, _ in found]), torch.stack([S for _, _, S in found])
     flat *= mean_value(values, over, q, facts)[..., None, None]
     flat = flat.reshape(*leading, rows, cols)
