@@ -58,6 +58,17 @@ void bind_rademacher(uintptr_t out, int64_t length, uint64_t key, uint32_t task,
     });
 }
 
+void bind_drop(uintptr_t values, uintptr_t out, int64_t length, int64_t offset, uint64_t dropped_below, double gain,
+               uint64_t key, uint32_t task, uint32_t stream, int itemsize, int threads) {
+    py::gil_scoped_release release;
+    with_float(itemsize, [&](auto zero) {
+        using Float = decltype(zero);
+        cpu::drop<Float>({pointer<const Float>(values), pointer<Float>(out), length, offset, dropped_below,
+                          static_cast<Float>(gain), key, task, stream},
+                         threads);
+    });
+}
+
 void bind_project(uintptr_t left, uintptr_t right, uintptr_t s, uintptr_t counts, uintptr_t thresholds,
                   uintptr_t largest, uintptr_t blocks, int64_t batch, int64_t tasks, int64_t k, uintptr_t ranks,
                   uintptr_t sizes, int64_t num_blocks, int itemsize, int threads) {
@@ -121,6 +132,8 @@ PYBIND11_MODULE(_cpu, m) {
           "blocks"_a, "num_blocks"_a, "zero_sum"_a, "mean"_a, "itemsize"_a, "threads"_a);
     m.def("rademacher", &bind_rademacher, "out"_a, "length"_a, "key"_a, "task"_a, "stream"_a, "itemsize"_a,
           "threads"_a);
+    m.def("drop", &bind_drop, "values"_a, "out"_a, "length"_a, "offset"_a, "dropped_below"_a, "gain"_a, "key"_a,
+          "task"_a, "stream"_a, "itemsize"_a, "threads"_a);
     m.def("project", &bind_project, "left"_a, "right"_a, "s"_a, "counts"_a, "thresholds"_a, "largest"_a, "blocks"_a,
           "batch"_a, "tasks"_a, "k"_a, "ranks"_a, "sizes"_a, "num_blocks"_a, "itemsize"_a, "threads"_a);
     m.def("gram", &bind_gram, "x"_a, "out"_a, "count"_a, "length"_a, "row"_a, "column"_a, "threads"_a);

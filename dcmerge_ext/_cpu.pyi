@@ -19,6 +19,19 @@ def elect(
     threads: int,
 ) -> None: ...
 def rademacher(out: int, length: int, key: int, task: int, stream: int, itemsize: int, threads: int) -> None: ...
+def drop(
+    values: int,
+    out: int,
+    length: int,
+    offset: int,
+    dropped_below: int,
+    gain: float,
+    key: int,
+    task: int,
+    stream: int,
+    itemsize: int,
+    threads: int,
+) -> None: ...
 def orthonormalize(rows: int, out: int, count: int, length: int, worst_pivot: float, itemsize: int) -> bool: ...
 def gram(x: int, out: int, count: int, length: int, row: int, column: int, threads: int) -> None: ...
 def gram_apply(x: int, a: int, image: int, back: int, count: int, m: int, n: int, threads: int) -> None: ...

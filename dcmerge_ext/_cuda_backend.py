@@ -127,6 +127,9 @@ class CudaBackend:
             self._module.rademacher(out.data_ptr(), out.numel(), key, task, stream, out.element_size(), queue)
         return out
 
+    def drop(self, values: Tensor, rate: float, key: int, task: int, stream: int, offset: int) -> Tensor:
+        return reference.drop(values, rate, key, task, stream, offset)
+
     def orthonormalize(self, rows: Tensor, worst_pivot: float) -> Tensor | None:
         if not 0 < len(rows) <= self._module.LARGEST_PANEL:
             return reference.orthonormalize(rows, worst_pivot)

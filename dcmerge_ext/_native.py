@@ -113,6 +113,24 @@ def rademacher(
     return out
 
 
+def drop(values: Tensor, rate: float, key: int, task: int, stream: int, offset: int) -> Tensor:
+    out = torch.empty_like(values)
+    _cpu.drop(
+        values.data_ptr(),
+        out.data_ptr(),
+        out.numel(),
+        offset,
+        round(rate * 2**32),
+        1 / (1 - rate),
+        key,
+        task,
+        stream,
+        out.element_size(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
     out = torch.empty_like(rows)
     count, length = rows.shape

@@ -130,6 +130,21 @@ def philox(counter: Sequence[Tensor], key: int) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
+def drop(values: Tensor, rate: float, key: int, task: int, stream: int, offset: int) -> Tensor:
+    given, out = values.reshape(-1), torch.empty_like(values)
+    kept, dropped_below, gain = out.view(-1), round(rate * 2**32), 1 / (1 - rate)
+    # each of a hundred steps over the blocks should find them in the second-level cache; a GPU wants long ones
+    run = 1 << (15 if values.device.type == "cpu" else 22)
+    for begin in range(0, given.numel(), run):
+        part = given[begin : begin + run]
+        first = offset + begin
+        block = torch.arange(first // 4, -(-(first + len(part)) // 4), device=values.device)
+        counter = [block & _WORD, block >> 32, torch.full_like(block, task), torch.full_like(block, stream)]
+        words = torch.stack(philox(counter, key), dim=-1).flatten()[first % 4 :][: len(part)]
+        kept[begin : begin + run] = (words >= dropped_below).to(values.dtype).mul_(gain).mul_(part)
+    return out
+
+
 def orthonormalize(rows: Tensor, worst_pivot: float) -> Tensor | None:
     if len(rows) == 0:
         return torch.empty_like(rows)

@@ -21,7 +21,7 @@ from dcmerge_ext import LowRank, merge_checkpoints, merge_updates
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods import Context, averaging, core_space, create, iso_c, task_arithmetic, tsv_m
 from dcmerge_ext.methods.core_space import _basis
-from dcmerge_ext.methods.dare import drop_mask
+from dcmerge_ext.methods.dare import drop
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 RANKS = [[4, 4, 4], [4, 5, 4], [5], [6, 6]]
@@ -62,10 +62,7 @@ def whitened(cores: Sequence[Tensor]) -> Tensor:
 
 
 def dropped(cores: Sequence[Tensor], rate: float, seed: int) -> list[Tensor]:
-    return [
-        core * drop_mask(tuple(core.shape), rate, seed=seed, key="", task=i, device=core.device, dtype=core.dtype) / (1 - rate)
-        for i, core in enumerate(cores)
-    ]  # fmt: skip
+    return [drop(core, rate, seed=seed, key="", task=i) for i, core in enumerate(cores)]
 
 
 RULES: dict[str, tuple[dict[str, Any], Callable[[Sequence[Tensor]], Tensor]]] = {

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcmerge_ext import LowRank, merge_checkpoints, merge_updates, ops
+from dcmerge_ext import LowRank, merge_checkpoints, merge_updates, ops, use_backend
 from dcmerge_ext.checkpoints import plan as plan_module
 from dcmerge_ext.errors import OptionError
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import create, dare, task_arithmetic, ties
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.base import Context
-from dcmerge_ext.methods.dare import drop_mask
+from dcmerge_ext.methods.dare import drop
 from dcmerge_ext.updates import Updates
 
 WORD = 0xFFFFFFFF
@@ -50,9 +50,13 @@ def plain_mask(length: int, rate: float, seed: int, key: str, task: int, offset:
     return [float(word >= rate * 2**32) for word in words]
 
 
-def mask_of(*shape: int, rate: float = 0.5, **changes: Any) -> Tensor:
-    arguments = {"seed": 0, "key": "w", "task": 0, "device": torch.device("cpu"), "dtype": torch.float64} | changes
-    return drop_mask(shape, rate, **arguments)
+def mask_of(*shape: int, rate: float = 0.5, dtype: torch.dtype = torch.float64, **changes: Any) -> Tensor:
+    """1 where an entry survives."""
+    arguments = {"seed": 0, "key": "w", "task": 0} | changes
+    found = drop(torch.ones(shape, dtype=dtype), rate, **arguments)
+    survives = found != 0
+    torch.testing.assert_close(found[survives], torch.full_like(found[survives], 1 / (1 - rate)))
+    return survives.to(dtype)
 
 
 def by_hand(updates: Sequence[Update], rate: float, seed: int = 0, key: str = "") -> list[Tensor]:
@@ -96,15 +100,27 @@ class TestMask:
         torch.manual_seed(2)
         assert torch.equal(mask_of(50), expected)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_dtypes_hold_the_same_mask(self, dtype: torch.dtype) -> None:
-        found = mask_of(6, 50, rate=0.2, dtype=dtype)
-        assert found.dtype == dtype
-        assert torch.equal(found.double(), mask_of(6, 50, rate=0.2))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("length", [1, 255, 256, 257, 16_385, 40_001])
+    @pytest.mark.parametrize("offset", [0, 3, 2**32 - 2, 2**34 - 101])
+    def test_the_backends_have_the_same_bits(self, dtype: torch.dtype, length: int, offset: int) -> None:
+        values = cases.normal(length, seed=3).to(dtype)
+        found = {}
+        for name in ("cpu", "reference"):
+            with use_backend(name):
+                found[name] = drop(values, 0.3, seed=1, key="w", task=2, offset=offset)
+        assert torch.equal(found["cpu"], found["reference"])
+        assert torch.equal(found["cpu"].signbit(), values.signbit())  # a dropped entry keeps the sign of its zero
+
+    def test_views_are_dropped_by_their_own_order(self) -> None:
+        values = cases.normal(40, 30, seed=3)
+        assert torch.equal(
+            drop(values.T, 0.4, seed=0, key="w", task=0), drop(values.T.contiguous(), 0.4, seed=0, key="w", task=0)
+        )
 
     def test_ends_of_the_range(self) -> None:
         assert mask_of(1_000, rate=0.0).all()
-        assert not mask_of(1_000, rate=1.0).any()
+        assert not mask_of(1_000, rate=1 - 2**-40).any()  # of 32 bits all lie below
         assert mask_of(0, 5).shape == (0, 5)
         assert mask_of().shape == ()
 

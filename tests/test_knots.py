@@ -22,7 +22,7 @@ from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import Context, create, knots
 from dcmerge_ext.methods.apply import survey_model
-from dcmerge_ext.methods.dare import drop_mask
+from dcmerge_ext.methods.dare import drop
 from dcmerge_ext.methods.knots import _align
 from dcmerge_ext.updates import Updates, UpdateSpec
 
@@ -50,8 +50,7 @@ def published(
         shapes[name] = M[0].shape
         for i, x in enumerate(M):
             if rate:
-                mask = drop_mask(tuple(x.shape), rate, seed=seed, key=name, task=i, device=x.device, dtype=x.dtype)
-                x = x * mask / (1 - rate)
+                x = drop(x, rate, seed=seed, key=name, task=i)
             parts[i].append(x.reshape(-1))
     vectors = torch.stack([torch.cat(p) for p in parts])
     total = vectors.shape[1]

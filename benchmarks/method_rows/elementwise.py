@@ -31,8 +31,7 @@ _CHECKED = "every update is searched for NaN and Inf, too, a pass as long as the
 _NOTES = {
     "averaging": _CHECKED,
     "task_arithmetic": _CHECKED,
-    "dare": "masks are Philox's, by calls of torch on int64: the same on every device, however a tensor is split; those of the "
-    "rival are native and depend on both",
+    "dare": "masks are Philox's: the same on every device, however a tensor is split; those of the rival depend on both",
 }
 """Why a row may lie below 1."""
 

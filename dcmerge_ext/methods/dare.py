@@ -1,4 +1,4 @@
-"""DARE: random drop and rescale of each task vector, then task arithmetic or TIES; and the mask it shares."""
+"""DARE: random drop and rescale of each task vector, then task arithmetic or TIES."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import xxhash
 from msgspec import Meta
 from torch import Tensor
 
-from dcmerge_ext import reference
+from dcmerge_ext.backends import for_device
 from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.registry import register
@@ -22,8 +22,6 @@ from dcmerge_ext.updates import Updates, UpdateSpec
 
 _STREAM = 1 << 31
 """Apart from the streams of random directions, which count from 0."""
-_WORDS = 4
-"""32-bit words of a Philox block."""
 
 
 class Dare(Method, frozen=True):
@@ -101,7 +99,7 @@ class Dare(Method, frozen=True):
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         passes = 1 + self.num_surveys(torch.float32)
         # what a product of matrices does in the time of drawing one entry
-        return 300.0 * passes * sum(math.prod(spec.shape) for spec in specs if spec.rank != 0)
+        return 60.0 * passes * sum(math.prod(spec.shape) for spec in specs if spec.rank != 0)
 
     def _dropped(self, key: str, updates: Updates) -> Updates:
         """The updates after drop and rescale: dense, but for tasks that do not touch the tensor."""
@@ -111,17 +109,7 @@ class Dare(Method, frozen=True):
             if updates.specs[i].rank == 0:
                 return update
             values = dense_update(update)
-            mask = drop_mask(
-                tuple(values.shape),
-                self.rate,
-                seed=self.seed,
-                key=key,
-                task=i,
-                device=values.device,
-                dtype=values.dtype,
-                offset=updates.offset,
-            )
-            return mask.div_(1 - self.rate).mul_(values)
+            return drop(values, self.rate, seed=self.seed, key=key, task=i, offset=updates.offset)
 
         specs = [spec if spec.rank == 0 else spec._replace(rank=None) for spec in updates.specs]
         return Updates(specs, load, updates.offset)
@@ -130,43 +118,18 @@ class Dare(Method, frozen=True):
 dare = register(Dare)
 
 
-def drop_mask(
-    shape: tuple[int, ...],
-    rate: float,
-    *,
-    seed: int,
-    key: str,
-    task: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    offset: int = 0,
-) -> Tensor:
-    """Which entries of a tensor survive: 1, or 0 with probability ``rate``, each by itself.
+def drop(values: Tensor, rate: float, *, seed: int, key: str, task: int, offset: int = 0) -> Tensor:
+    """Drop entries with probability ``rate``, each by itself, and divide the others by 1 - rate.
 
     Entry e of the tensor in row-major order is dropped where word e mod 4 of Philox4x32-10's block e // 4 lies below
-    rate 2^32: integers alone, so that the bits are the same on every device. ``seed`` and ``key`` make Philox's key as in
+    rate 2^32: integers alone, so that the choice is the same on every device. ``seed`` and ``key`` make Philox's key as in
     :func:`dcmerge_ext.ops.rademacher`, whose streams are others.
 
     Args:
-        shape: of the mask: a tensor, or a run of its entries such as a panel of rows.
-        rate: 0 .. 1.   seed: 0 .. 2**64-1.   key: the tensor's name.   task: 0 .. 2**32-1.
-        offset: entries of the tensor before the first of ``shape``.
+        values: a tensor, or a run of its entries such as a panel of rows; float32 or float64.
+        rate: at least 0, below 1.   seed: 0 .. 2**64-1.   key: the tensor's name.   task: 0 .. 2**32-1.
+        offset: entries of the tensor before the first of ``values``.
     """
-    length = math.prod(shape)
     hashed = xxhash.xxh3_64_intdigest(key.encode(), seed=seed)
-    dropped_below = round(rate * 2**32)
-    mask = torch.empty(length, dtype=dtype, device=device)
-    # each of a hundred steps over the blocks should find them in the second-level cache; a GPU wants long ones
-    run = 1 << (15 if device.type == "cpu" else 22)
-    for begin in range(0, length, run):
-        part = mask[begin : begin + run]
-        part.copy_(_words(offset + begin, len(part), hashed, task, device) >= dropped_below)
-    return mask.reshape(shape)
-
-
-def _words(first: int, count: int, key: int, task: int, device: torch.device) -> Tensor:
-    """Random words ``first`` and following of a task: (count,) int64, each in 0 .. 2**32-1."""
-    block = torch.arange(first // _WORDS, -(-(first + count) // _WORDS), device=device)
-    counter = [block & 0xFFFFFFFF, block >> 32, torch.full_like(block, task), torch.full_like(block, _STREAM)]
-    words = torch.stack(reference.philox(counter, key), dim=-1)
-    return words.flatten()[first % _WORDS :][:count]
+    kept: Tensor = for_device(values.device).drop(values.contiguous(), rate, hashed, task, _STREAM, offset)
+    return kept

@@ -48,13 +48,46 @@ void test_signs_of() {
             check_signs<Float>(length, threads);
 }
 
+template <typename Float>
+void check_drops(int64_t length, int64_t offset, uint64_t dropped_below, int threads) {
+    const uint64_t key = 0x0123456789ABCDEF;
+    std::vector<Float> values, expected;
+    for (int64_t i = 0; i < length; ++i) {
+        const int64_t e = offset + i;
+        const uint64_t block = static_cast<uint64_t>(e / 4);
+        const PhiloxBlock bits =
+            philox({{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 5, 0x80000000}}, key);
+        values.push_back(Float(i % 7) - Float(3));
+        expected.push_back(values.back() * (bits.word[e % 4] < dropped_below ? Float(0) : Float(1.25)));
+    }
+    std::vector<Float> found = unwritten<Float>(length);
+    cpu::drop<Float>({values.data(), found.data(), length, offset, dropped_below, Float(1.25), key, 5, 0x80000000},
+                     threads);
+    CHECK(same_bits(found, expected));
+}
+
+template <typename Float>
+void test_drops_of() {
+    for (const int threads : {1, 2, 7})
+        for (const int64_t length : {0, 1, 3, 4, 255, 256, 257, 16'384, 16'389, 40'001})
+            for (const int64_t offset : {int64_t{0}, int64_t{1}, int64_t{258}, (int64_t{1} << 34) - 5})
+                check_drops<Float>(length, offset, uint64_t{1} << 30, threads);
+    for (const uint64_t dropped_below : {uint64_t{0}, uint64_t{0xFFFFFFFF}, uint64_t{1} << 32})
+        check_drops<Float>(1'000, 0, dropped_below, 1);
+}
+
 }  // namespace
 
 void test_philox() {
     known_answers();
     test_signs_of<float>();
     test_signs_of<double>();
+    test_drops_of<float>();
+    test_drops_of<double>();
     std::vector<float> out(1);
+    CHECK_THROWS(cpu::drop<float>({out.data(), out.data(), 1, -1, 0, 1, 0, 0, 0}, 1), std::invalid_argument);
+    CHECK_THROWS(cpu::drop<float>({out.data(), out.data(), 1, 0, (uint64_t{1} << 32) + 1, 1, 0, 0, 0}, 1),
+                 std::invalid_argument);
     CHECK_THROWS(cpu::rademacher<float>({out.data(), 1, 0, 0, 0}, 0), std::invalid_argument);
 }
 
