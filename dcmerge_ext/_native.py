@@ -23,7 +23,9 @@ _LARGEST_CORE, _MOST_COLUMNS = 768, 64
 try:
     import dcmerge_ext._cpu as _cpu
 except ImportError as error:  # a source tree that was never built, or a build for another Python
-    _IMPORT_ERROR: str | None = f"{error}; build it with: pip install ."
+    _IMPORT_ERROR: str | None = (
+        f"{error}; build it with: pip install . (where that has been done, Python found a checkout first: leave its folder)"
+    )
 else:
     _IMPORT_ERROR = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dcmerge_ext.errors import InputError
@@ -40,6 +41,8 @@ def normalized_accuracy(merged: Sequence[float], finetuned: Sequence[float]) -> 
         InputError: no tasks, two lengths, or a fine-tuned accuracy that is not above zero.
     """
     _check_lengths("normalized_accuracy", merged=merged, finetuned=finetuned)
+    if bad := [m for m in merged if not math.isfinite(m)]:
+        raise InputError(f"normalized_accuracy: the merged model has accuracy {bad[0]}; it must be a finite number")
     for i, accuracy in enumerate(finetuned):
         if not accuracy > 0:
             raise InputError(

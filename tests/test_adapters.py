@@ -15,6 +15,9 @@ from families import merged, refused, tasks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import dcmerge_ext
+from dcmerge_ext.errors import InputError
+
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
@@ -730,3 +733,12 @@ class TestWithoutBase:
         assert result.status == 0, result.err
         found = families.adapted_outputs(bert, BertModel, tmp_path / "out")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_without_its_configuration_is_named(tmp_path: Path) -> None:
+    base = {"layers.0.q_proj.weight": torch.zeros(16, 12)}
+    families.write_model(tmp_path / "base", base)
+    families.write_adapter(tmp_path / "task", base, ["layers.0.q_proj"], rank=2)
+    (tmp_path / "task" / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: adapter_config\.json is missing beside it"):
+        dcmerge_ext.merge_checkpoints(tmp_path / "base", [tmp_path / "task"], tmp_path / "out")

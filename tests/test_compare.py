@@ -214,6 +214,12 @@ def test_a_merged_checkpoint_names_its_inputs(family: Path, method: str) -> None
         assert summary.lost == pytest.approx(sum(t.lost for t in tasks if t) / 2)
 
 
+def test_some_of_the_tasks_are_refused(family: Path) -> None:
+    """The share of components that counts depends on their number."""
+    with pytest.raises(InputError, match=r"2 tasks for a merge of 3; give all of them, in the order of dcmerge\.json"):
+        dcm.compare(merge(family), tasks=[family / "task0", family / "task1"])
+
+
 def test_smoothed_spectra_are_those_of_the_run(family: Path) -> None:
     found = dcm.compare(merge(family, smoothing="average")).matrices[0].spectra
     assert found.smoothed is not None

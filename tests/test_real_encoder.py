@@ -122,12 +122,16 @@ class TestFullFineTunes:
         assert (cosine(result, embed(load(BASE), inputs)) < 0.9999).all()
         record = json.loads((out / "dcmerge.json").read_text())
         assert sum(t["action"] == "merge" for t in record["tensors"]) == 40
-        assert record["warnings"] == []
+        told = "embeddings.token_type_embeddings.weight: 4 tasks leave a 2 x 384 matrix no component each"
+        assert any(warning.startswith(told) for warning in record["warnings"])
         with families.quiet():
             transformers.AutoTokenizer.from_pretrained(out)
 
-    def test_interrupted_half_way(self, models: list[Path], tmp_path: Path) -> None:
-        """A signal in the middle of the work: status 130, and nothing is left."""
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_interrupted_half_way(
+        self, models: list[Path], tmp_path: Path, number: signal.Signals, status: int
+    ) -> None:
+        """A signal in the middle of the work, from a keyboard or a scheduler: nothing is left."""
         out, partial = tmp_path / "out", tmp_path / "out.partial"
         arguments = ["merge", "--base", str(BASE), *tasks(*models), "--out", str(out)]
         process = subprocess.Popen(
@@ -145,11 +149,11 @@ class TestFullFineTunes:
                 time.sleep(0.05)
             assert partial.exists()
             time.sleep(0.3)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-        assert process.returncode == 130, errors
+        assert process.returncode == status, errors
         assert "Traceback" not in errors
         assert list(tmp_path.iterdir()) == []
 

@@ -256,3 +256,18 @@ class TestTheCommand:
             capsys, tmp_path, *arguments, "--out", tmp_path / "best", "--evaluate", f"{evaluation}:score",
             "--config", tmp_path / "merge.yaml", command="sweep", says=["scale is what a sweep searches"],
         )  # fmt: skip
+
+
+def test_what_a_killed_run_leaves_is_in_one_place(base: Path, models: list[Path], tmp_path: Path) -> None:
+    """All that a sweep writes lies in OUT.partial, which the next run names and --overwrite takes away."""
+    before, seen = families.tree(tmp_path), []
+
+    def look(directory: Path) -> float:
+        seen.append({path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path not in before})
+        return 0.0
+
+    dcmerge_ext.sweep(base, models, tmp_path / "out", look, [0.5, 1.0])
+    assert all("out.partial" in names for names in seen)
+    new = {path.name for path in tmp_path.iterdir()} | {"out.partial"}
+    assert all(names <= new for names in seen)
+    assert not any(path.name.startswith("sweep-") for path in (tmp_path / "out").iterdir())

@@ -206,7 +206,16 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    return path.is_dir() and (path / CONFIG_NAME).exists()
+    """Raises InputError where its configuration is missing."""
+    if not path.is_dir():
+        return False
+    if (path / CONFIG_NAME).exists():
+        return True
+    if weights := [path / name for name in WEIGHT_NAMES if (path / name).exists()]:
+        raise InputError(
+            f"{weights[0]}: {CONFIG_NAME} is missing beside it; save the adapter again, configuration included"
+        )
+    return False
 
 
 def _by_pattern(where: Path, patterns: Any, module: str, default: Any) -> Any:

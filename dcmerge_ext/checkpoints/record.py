@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,29 @@ from dcmerge_ext.version import __version__
 TIMINGS_NAME = "dcmerge_timings.json"
 
 
+@contextmanager
+def gathered_warnings() -> Iterator[list[str]]:
+    """What this package logs as a warning inside the block, each message once, for the record."""
+    messages: list[str] = []
+
+    class Gather(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (message := record.getMessage()) not in messages:
+                messages.append(message)
+
+    package, handler = logging.getLogger("dcmerge_ext"), Gather(logging.WARNING)
+    package.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        package.removeHandler(handler)
+        messages.sort()  # threads warn in any order
+
+
 def make_record(
-    plan: Plan, config: MergeConfig, device: torch.device, results: Sequence[TensorResult]
+    plan: Plan, config: MergeConfig, device: torch.device, results: Sequence[TensorResult], warned: Sequence[str]
 ) -> dict[str, Any]:
-    """The record of a run. Holds no times: runs on the same inputs compare equal."""
+    """The record of a run, with what it ``warned`` of. Holds no times: runs on the same inputs compare equal."""
     tensors = {t.name: t for t in plan.tensors}
     method = plan.method
     return {
@@ -72,7 +93,7 @@ def make_record(
             for r in results
         ],
         "rounding": rounding(plan, results),
-        "warnings": [*plan.notes, *rounding_warnings(plan, results)],
+        "warnings": [*plan.notes, *warned, *rounding_warnings(plan, results)],
     }
 
 

@@ -23,7 +23,7 @@ from dcmerge_ext.checkpoints.model import ModelFiles
 from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, write_model
 from dcmerge_ext.checkpoints.output import check_output, check_space, work_directory
 from dcmerge_ext.checkpoints.plan import Plan, make_plan
-from dcmerge_ext.checkpoints.record import make_record, write_record
+from dcmerge_ext.checkpoints.record import gathered_warnings, make_record, rounding_warnings, write_record
 from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
 from dcmerge_ext.checkpoints.tasks import AdapterTask, FullTask, Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
@@ -131,9 +131,10 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
     check_space(out, prepared.output_bytes + METADATA_BYTES)
     executor = Executor(prepared.plan, compute_device(config.device), advance)
     with work_directory(out, config.overwrite) as directory:
-        results = write_output(prepared, executor, directory)
-        report = finish(prepared, executor.device, directory, results, started)
-    for warning in report.warnings[len(prepared.plan.notes) :]:  # the notes were known before: the caller's to show
+        with gathered_warnings() as warned:
+            results = write_output(prepared, executor, directory)
+        report = finish(prepared, executor.device, directory, results, started, warned)
+    for warning in rounding_warnings(prepared.plan, results):
         logger.warning("%s", warning)
     return report
 
@@ -156,11 +157,15 @@ def finish(
     directory: Path,
     results: Sequence[TensorResult],
     started: float,
+    warned: Sequence[str],
     facts: Mapping[str, Any] = {},
 ) -> MergeReport:
-    """Write the record, with further ``facts``, beside the weights. ``started``: of ``time.perf_counter``."""
+    """Write the record, with what the methods ``warned`` of and further ``facts``, beside the weights.
+
+    ``started``: of ``time.perf_counter``.
+    """
     config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as)
-    record = {**make_record(prepared.plan, config, device, results), **facts}
+    record = {**make_record(prepared.plan, config, device, results, warned), **facts}
     seconds = time.perf_counter() - started
     write_record(directory, record, results, seconds)
     return MergeReport(Path(config.out).expanduser(), seconds, record)

@@ -18,6 +18,7 @@ from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.kept import KeptUpdates, Replay
 from dcmerge_ext.checkpoints.output import check_space, work_directory
 from dcmerge_ext.checkpoints.plan import make_plan
+from dcmerge_ext.checkpoints.record import gathered_warnings
 from dcmerge_ext.checkpoints.run import (
     METADATA_BYTES,
     MergeReport,
@@ -107,8 +108,8 @@ def run_sweep(
     device = compute_device(config.device)
     scores: list[float] = []
     with work_directory(out, config.overwrite) as directory:
-        # beside the output: a candidate becomes the output by renaming its files
-        with tempfile.TemporaryDirectory(prefix=f"{out.name}.sweep-", dir=directory.parent) as scratch:
+        # inside: a candidate becomes the output by renaming its files, and what a killed run leaves is in one place
+        with tempfile.TemporaryDirectory(prefix="sweep-", dir=directory) as scratch, gathered_warnings() as warned:
             kept = KeptUpdates(
                 Path(scratch, "updates.safetensors"), first.plan, first.adapter.modules if first.adapter else ()
             )
@@ -131,7 +132,7 @@ def run_sweep(
             for file in best.place.iterdir():
                 file.rename(directory / file.name)
         facts = {"sweep": [{"scale": s, "score": score} for s, score in zip(chosen, scores, strict=True)]}
-        report = finish(prepared[best.scale], device, directory, best.results, started, facts)
+        report = finish(prepared[best.scale], device, directory, best.results, started, warned, facts)
     return SweepReport(chosen, tuple(scores), best.scale, report)
 
 

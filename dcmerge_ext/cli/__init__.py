@@ -1,11 +1,14 @@
 """The command line ``dcmerge``. Exit status: 0 done; 1 the inputs or options are wrong, nothing was written; 2 the
-command line cannot be parsed; 3 the run failed (disk full, device lost); 130 interrupted."""
+command line cannot be parsed; 3 the run failed (disk full, device lost); 130 interrupted; 143 terminated."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -27,10 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
     package = logging.getLogger("dcmerge_ext")
     handler = _ConsoleHandler(errors)
+    handler.setLevel(level)
     package.addHandler(handler)
-    package.setLevel(level)
+    package.setLevel(min(level, logging.WARNING))  # what is not shown is recorded all the same
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(handler)
+    before = (
+        signal.signal(signal.SIGTERM, _terminate) if threading.current_thread() is threading.main_thread() else None
+    )
     try:
         status: int = args.run(args)
         return status
@@ -40,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DcmergeError as error:
         errors.print(Text("failed:", "bold red"), str(error))
         return 3
+    except _Terminated:
+        errors.print("terminated; nothing was left behind")
+        return 143
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was left behind")
         return 130
@@ -48,9 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(Text("failed:", "bold red"), "an internal error; please report it with the lines above")
         return 3
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         package.removeHandler(handler)
         logging.getLogger("py.warnings").removeHandler(handler)
         logging.captureWarnings(False)
+
+
+class _Terminated(KeyboardInterrupt):
+    """By a scheduler, ``timeout`` or the end of a container: cleans up as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 class _ConsoleHandler(logging.Handler):

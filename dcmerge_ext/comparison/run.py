@@ -122,6 +122,10 @@ def _config(
     named = [str(task) for task in tasks] if tasks is not None else list(before["tasks"])
     if not named:
         raise InputError("compare: tasks is empty; give at least one")
+    if before and len(named) != len(before["tasks"]):
+        raise InputError(
+            f"compare: {len(named)} tasks for a merge of {len(before['tasks'])}; give all of them, in the order of {RECORD_NAME}"
+        )
     if weights is None and len(record.get("weights", ())) == len(named):
         weights = record["weights"]
     return MergeConfig(

@@ -156,9 +156,20 @@ class Esm(Method, frozen=True):
                 torch.linalg.vector_norm(_norm(self._merge(updates, Context(state.num_tasks, key))))
             )
         state.reached = state.reached or self._grams(updates.specs, key) is not None
+        if (task := self._lacking(updates.specs, key)) is not None:
+            state.lacking[key] = task
 
     def finish(self, state: _Survey) -> dict[str, float]:
-        if not state.reached:
+        if state.lacking:
+            key = min(state.lacking)
+            logger.warning(
+                "esm: matrices that not every task has activations for are merged by TSV-M: %d, such as %s, for which task %d "
+                "has none",
+                len(state.lacking),
+                key or "this one",
+                state.lacking[key],
+            )
+        elif not state.reached:
             logger.warning(
                 "esm: no matrix has activations, so that TSV-M merges all of them; the names in the files must be those of "
                 "the base's tensors"
@@ -252,19 +263,19 @@ class Esm(Method, frozen=True):
             find_gram(source, key) if spec.rank != 0 else None
             for source, spec in zip(self.activations, specs, strict=True)
         ]
-        touching = [(i, gram) for i, (gram, spec) in enumerate(zip(grams, specs, strict=True)) if spec.rank != 0]
-        found = [gram for _, gram in touching if gram]
-        if len(found) < len(touching):
-            if found:
-                logger.warning(
-                    "%s: TSV-M merges it, because task %d has no activations for it",
-                    key or self.name,
-                    next(i for i, gram in touching if not gram),
-                )
+        found = [gram for gram in grams if gram]
+        if not found or len(found) < sum(spec.rank != 0 for spec in specs):
             return None
         for gram in found:
             _check_fits(gram, specs[0].shape, found[0])
-        return grams if found else None
+        return grams
+
+    def _lacking(self, specs: Sequence[UpdateSpec], key: str) -> int | None:
+        """The first task that touches the tensor without having activations for it, where others have some."""
+        assert self.activations is not None
+        has = [find_gram(source, key) is not None for source in self.activations]
+        lacking = [i for i, spec in enumerate(specs) if spec.rank != 0 and not has[i]]
+        return lacking[0] if lacking and any(has) else None
 
     @property
     def _fallback(self) -> TsvM:
@@ -303,12 +314,15 @@ class _Survey:
     norms: dict[str, float] = field(default_factory=dict)
     reached: bool = False
     """Whether some matrix has activations."""
+    lacking: dict[str, int] = field(default_factory=dict)
+    """Matrices that some tasks have activations for, and a task that has none."""
 
     def fork(self) -> _Survey:
         return _Survey(self.num_tasks)
 
     def join(self, share: _Survey) -> None:
         self.norms.update(share.norms)
+        self.lacking.update(share.lacking)
         self.reached = self.reached or share.reached
 
 

@@ -101,7 +101,7 @@ def list_methods() -> dict[str, type[Method]]:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a misspelt name, or an empty string."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
