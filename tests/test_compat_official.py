@@ -837,3 +837,23 @@ def test_lowrank_and_dense_deltas_mix() -> None:
     factors = cases.lora_updates([16, 16], 90, 100)
     mixed = [LowRank(factors[0].left, factors[0].right), factors[1].dense()]
     assert cases.error(vision_lora.TSVM({"w": mixed})["w"], vision_lora.TSVM({"w": factors})["w"]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([{"a": torch.ones(4, 3)}] * 2, r"task vector 0: needs an object whose attribute vector .* got a dict"),
+        (
+            [SimpleNamespace(vector={"a": torch.ones(4, 3)}), SimpleNamespace(vector={"b": torch.ones(4, 3)})],
+            r"task vector 1 has no 'a', which task vector 0 has",
+        ),
+    ],
+)
+def test_task_vectors_that_are_none_or_of_two_models(given: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        vision_fft.dc_merge(given, SimpleNamespace(DATASETS=["x", "y"], device="cpu"))
+
+
+def test_deltas_by_task_in_place_of_by_name() -> None:
+    with pytest.raises(InputError, match=r"needs a mapping from each name to the deltas of all tasks, got a list"):
+        vision_lora.TSVM([{"a": torch.ones(4, 3)}] * 2)  # type: ignore[arg-type]

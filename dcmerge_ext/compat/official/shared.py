@@ -67,6 +67,10 @@ def dense_like(merged: Update, update: Update) -> Tensor:
 
 def sorted_by_name(deltas_dict: Deltas, merge: Callable[[str, Sequence[Update]], Tensor]) -> OrderedDict[str, Tensor]:
     """``merge`` of every entry, in alphabetical order of the names."""
+    if not isinstance(deltas_dict, Mapping):
+        raise InputError(
+            f"needs a mapping from each name to the deltas of all tasks, got a {type(deltas_dict).__name__}"
+        )
     return OrderedDict((key, merge(key, deltas_dict[key])) for key in sorted(deltas_dict))
 
 

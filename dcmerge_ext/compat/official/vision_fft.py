@@ -117,13 +117,27 @@ def _merge(
     tasks, device = len(_setting(config, "DATASETS")), _setting(config, "device")
     if not 0 < tasks <= len(task_vectors):
         raise InputError(f"{len(task_vectors)} task vectors for {tasks} DATASETS; give one each, and at least one")
-    vectors = [task.vector for task in task_vectors[:tasks]]
+    vectors = [_vector(i, task) for i, task in enumerate(task_vectors[:tasks])]
+    for i, vector in enumerate(vectors):
+        if missing := vectors[0].keys() - vector.keys():
+            raise InputError(
+                f"task vector {i} has no {min(missing)!r}, which task vector 0 has; they must come from one base"
+            )
     merged = {}
     for key in vectors[0]:
         updates = [vector[key].to(device) for vector in vectors]
         matrix = updates[0].ndim == 2 and "text_projection" not in key and applies(key)
         merged[key] = merge(key, updates) if matrix else merged_matrix(key, updates, "averaging")
     return merged
+
+
+def _vector(i: int, task: TaskVector) -> Mapping[str, Tensor]:
+    vector = getattr(task, "vector", None)
+    if not isinstance(vector, Mapping):
+        raise InputError(
+            f"task vector {i}: needs an object whose attribute vector maps names to tensors, got a {type(task).__name__}"
+        )
+    return vector
 
 
 def _components(q: int, tasks: int) -> int:
