@@ -74,6 +74,7 @@ def _methods() -> Iterator[Case]:
         yield Case(f"method/{name}/lora/4096x4096/T8", partial(prepare, m=4096, n=4096, tasks=8, lora=True), floor=1.0)
     for name, prepare in _LORA_ALONE.items():
         yield Case(f"method/{name}/lora/4096x4096/T8", partial(prepare, m=4096, n=4096, tasks=8), floor=1.0)
+    yield Case("method/knots/lora/768x768/T8", partial(knots, m=768, n=768, tasks=8), floor=20.0)
 
 
 CASES = [
