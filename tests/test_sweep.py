@@ -197,6 +197,7 @@ class TestTheCommand:
         assert done.status == 0, done.err
         assert "best" in next(line for line in done.out.splitlines() if line.lstrip("│ ").startswith("0.5"))
         assert f"{out}: scale 0.5" in done.out.replace("\n", "")
+        assert "at the edge of those tried" in done.out
         dcmerge_ext.merge_checkpoints(*[arguments[1], [arguments[3], arguments[5]], tmp_path / "direct"], scale=0.5)
         assert weights(out) == weights(tmp_path / "direct")
 
@@ -207,6 +208,18 @@ class TestTheCommand:
         )  # fmt: skip
         assert done.status == 0, done.err
         assert "scale 2 in" in done.out.replace("\n", " ")
+
+    def test_a_best_scale_between_others_is_no_edge(
+        self, arguments: list[str | Path], evaluation: Path, tmp_path: Path, capsys: Capsys
+    ) -> None:
+        evaluation.write_text("calls = iter([1, 3, 2])\ndef score(directory):\n    return next(calls)\n")
+        done = run(
+            capsys, "sweep", *arguments, "--out", tmp_path / "best", "--scales", "1", "2", "3",
+            "--evaluate", f"{evaluation}:score",
+        )  # fmt: skip
+        assert done.status == 0, done.err
+        assert "scale 2 in" in done.out.replace("\n", " ")
+        assert "edge" not in done.out
 
     @pytest.mark.parametrize(
         ("text", "says"),

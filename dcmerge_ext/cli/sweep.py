@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     console = make_console(quiet=args.quiet)
     console.print(table)
     console.print(f"{report.merge.out}: scale {report.best:g} in {report.merge.seconds:.1f} s")
+    if len(report.scales) > 1 and report.best in (min(report.scales), max(report.scales)):
+        console.print("the best scale is at the edge of those tried; a better one may lie beyond it")
     return 0
 
 
