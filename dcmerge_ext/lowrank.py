@@ -72,6 +72,10 @@ class LowRank:
         """As ``torch.Tensor.to``, for both factors."""
         return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
 
+    def double(self) -> LowRank:
+        """As ``torch.Tensor.double``, for both factors."""
+        return self.to(torch.float64)
+
     def __mul__(self, scalar: float) -> LowRank:
         if scalar == 1:
             return self
@@ -97,6 +101,13 @@ def _at_least_single(x: Tensor) -> Tensor:
 
 Update = Tensor | LowRank
 """What a fine-tune added to one matrix: a tensor (..., m, n) or a LowRank."""
+
+
+def times(X: Tensor, update: Update) -> Tensor:
+    """X (..., p, m) @ update (..., m, n) in the dtype of X; a LowRank is never formed."""
+    if isinstance(update, LowRank):
+        return (X @ update.left.to(X.dtype)) @ update.right.to(X.dtype)
+    return X @ update.to(X.dtype)
 
 
 def concatenate(updates: list[LowRank]) -> LowRank:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +24,13 @@ except ImportError as error:
 
 from dcmerge_ext.checkpoints.state_dicts import merge_state_dicts
 from dcmerge_ext.errors import InputError
-from dcmerge_ext.methods.base import Context, Method
+from dcmerge_ext.methods.base import Context
 from dcmerge_ext.methods.iso_c import IsoC
 from dcmerge_ext.methods.iso_cts import IsoCTS
 from dcmerge_ext.methods.registry import create
 from dcmerge_ext.methods.tsv_m import TsvM
 from dcmerge_ext.precision import without_autocast
-from dcmerge_ext.updates import Updates, compute_dtype
+from dcmerge_ext.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +118,9 @@ class TaskSingularVectorMerging(theirs_tsvm.TaskSingularVectorMerging):  # type:
             return super().run(modelpool)
         model, task_vectors = self.load_pretrained_model_and_task_vectors(modelpool)
 
-        def method_for(shape: torch.Size, dtype: torch.dtype) -> TsvM | IsoC | IsoCTS | None:
+        def method_for(shape: torch.Size) -> TsvM | IsoC | IsoCTS | None:
             rank = int(min(shape) * (1 / len(task_vectors)))  # as there, rounding included
-            return TsvM(rank=rank, basis_tol=0.0) if rank else None
+            return TsvM(rank=rank) if rank else None
 
         def by_them(part: list[_State]) -> _State:
             found: _State = theirs_tsvm.TSVM_utils.compute_and_sum_svd_mem_reduction(
@@ -149,8 +148,7 @@ class IsotropicMergingInCommonSubspace(theirs_iso.IsotropicMergingInCommonSubspa
             model,
             task_vectors,
             self.scaling_factor,
-            # below lies what no SVD resolves
-            lambda _, dtype: IsoC(mean_over="min_dim", basis_tol=4 * torch.finfo(compute_dtype(dtype)).eps),
+            lambda _: IsoC(mean_over="min_dim"),
             by_them,
             self.exclude_keys or (),
             self.fabric.device,
@@ -166,12 +164,12 @@ class IsotropicMergingInCommonAndTaskSubspace(theirs_iso.IsotropicMergingInCommo
         model, task_vectors = _load(modelpool)
         tasks, gamma = len(task_vectors), self.common_space_fraction
 
-        def method_for(shape: torch.Size, dtype: torch.dtype) -> TsvM | IsoC | IsoCTS | None:
+        def method_for(shape: torch.Size) -> TsvM | IsoC | IsoCTS | None:
             q = min(shape)
             own = round((q - int(q * gamma)) / tasks)
             if own * tasks > q or not 0 <= gamma <= 1:
                 return None
-            return IsoCTS(gamma=gamma, mean_over="min_dim", basis_tol=0.0)
+            return IsoCTS(gamma=gamma, mean_over="min_dim")
 
         def by_them(part: list[_State]) -> _State:
             found: _State = theirs_iso.iso_cts(part, gamma, self.fabric.device, self.exclude_keys)
@@ -205,7 +203,7 @@ def _apply(
     model: nn.Module,
     task_vectors: list[_State],
     scale: float,
-    method_for: Callable[[torch.Size, torch.dtype], TsvM | IsoC | IsoCTS | None],
+    method_for: Callable[[torch.Size], TsvM | IsoC | IsoCTS | None],
     by_them: Callable[[list[_State]], _State],
     exclude_keys: Sequence[str],
     device: torch.device,
@@ -216,7 +214,7 @@ def _apply(
     with torch.no_grad():
         for key, first in task_vectors[0].items():
             matrix = first.ndim == 2 and first.is_floating_point() and key not in exclude_keys
-            method = method_for(first.shape, first.dtype) if matrix else None
+            method = method_for(first.shape) if matrix else None
             if method is None:
                 merged = by_them([{key: vector[key]} for vector in task_vectors])[key]
             else:
@@ -237,24 +235,14 @@ def _apply(
 
 @without_autocast
 def _merged(method: TsvM | IsoC | IsoCTS, key: str, updates: list[Tensor]) -> tuple[Tensor, bool]:
-    """The merged update, and whether an SVD would fill it up with arbitrary vectors.
-
-    fusion_bench keeps every direction of the bases, as ``method`` does, and right so: in float32 a direction of 3e-7 of the
-    largest came out to 1e-5. Not where there are null components: those are dropped as everywhere in this package.
-    """
-    given = Updates.of(updates, name=key)
-
-    def merge(method: Method) -> tuple[Tensor, Any]:
-        context = Context(len(updates), key)
-        merged = method.merge(given, context)
-        assert isinstance(merged, Tensor)
-        return merged, context.facts["rank"]
-
-    merged, rank = merge(method)
-    kept, slots = (min(rank), method.rank) if isinstance(method, TsvM) else (rank, min(given.shape))
-    if kept == slots:
-        return merged, False
-    return merge(msgspec.structs.replace(method, basis_tol=None))[0], True
+    """The merged update, and whether an SVD would fill it up with arbitrary vectors."""
+    context = Context(len(updates), key)
+    merged = method.merge(Updates.of(updates, name=key), context)
+    assert isinstance(merged, Tensor)
+    facts = context.facts
+    kept, slots = (min(facts["rank"]), method.rank) if isinstance(method, TsvM) else (facts["rank"], min(merged.shape))
+    dropped = sum(facts[side]["dropped"] for side in ("cover_u", "cover_v") if side in facts)
+    return merged, kept != slots or dropped > 0
 
 
 def _plain(value: Any) -> Any:

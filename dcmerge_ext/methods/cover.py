@@ -7,14 +7,14 @@ coordinates U~' U_i = H[:, I_i] with H = (U'U)^(1/2).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcmerge_ext.linalg.polar import polar_with_values
-from dcmerge_ext.lowrank import LowRank
+from dcmerge_ext.linalg.polar import polar_decided
+from dcmerge_ext.lowrank import LowRank, Update, times
 from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.products import gram_float64, wide_product
@@ -91,11 +91,22 @@ def cover_of_updates(
         components = [_oriented(c) for c in components]
     dtype = torch.float64 if updates.all_lowrank else updates.dtype
     round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
-    return cover_of(components, dtype, basis_tol, round_off), facts
+    kept = [i for i, rank in enumerate(ranks) if rank]
+    return cover_of(components, dtype, basis_tol, round_off, lambda i: updates[kept[i]]), facts
 
 
-def cover_of(components: list[Components], dtype: torch.dtype, tol: float | None, round_off: float) -> Cover:
-    """The cover of the components, in ``dtype``; empties the list, for together they are as large as the matrix."""
+def cover_of(
+    components: list[Components],
+    dtype: torch.dtype,
+    tol: float | None,
+    round_off: float,
+    source: Callable[[int], Update] | None = None,
+) -> Cover:
+    """The cover of the components, in ``dtype``; empties the list, for together they are as large as the matrix.
+
+    ``source(i)``: the matrix (..., m, n) that components i are of, asked for where float32 leaves it open whether
+    directions of the bases are dependent.  None: for components in float64.
+    """
     spectra = [c.S.to(dtype) for c in components]
     bases = [
         torch.cat([c.U.to(dtype) for c in components], dim=-1),
@@ -103,15 +114,33 @@ def cover_of(components: list[Components], dtype: torch.dtype, tol: float | None
     ]
     components.clear()
     order = bases[0].shape[-1]
+    live = live_components(spectra).sum(-1)
 
     def side(i: int) -> Side:
-        basis = bases[i]
-        bases[i] = basis.new_empty(0)  # freed as soon as its factors are there
-        Q, H, values = polar_with_values(basis, tol, round_off=round_off)
+        def wide() -> Tensor:
+            assert source is not None
+            return _wide_basis(spectra, bases[1 - i], source, left=i == 0)
+
+        Q, H, values = polar_decided(bases[i], tol, wide, live=live, round_off=round_off)
         return Side(Q, None, H, values)
 
     u, v = side_by_side(side, range(2), at_most=2 if order in _SIDE_BY_SIDE else 1)
     return Cover(u, v, spectra)
+
+
+def _wide_basis(spectra: Sequence[Tensor], opposite: Tensor, source: Callable[[int], Update], *, left: bool) -> Tensor:
+    """[U_1 .. U_T] in float64 from the other side's vectors in float32, U_i = Delta_i V_i / S_i (``left``), or V likewise.
+
+    Their span is that of Delta_i: dependent to the precision of the entries of Delta_i, not to that of the decomposition.
+    """
+    parts = []
+    for i, (S, V) in enumerate(
+        zip(spectra, torch.split(opposite, [S.shape[-1] for S in spectra], dim=-1), strict=True)
+    ):
+        matrix = source(i).mT if left else source(i)
+        scaled = V.double() * torch.where(S > 0, 1 / S.double(), 0)[..., None, :]
+        parts.append(times(scaled.mT, matrix).mT)
+    return torch.cat(parts, dim=-1)
 
 
 def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
@@ -168,7 +197,7 @@ def live_components(spectra: Sequence[Tensor]) -> Tensor:
 def basis_facts(values: Tensor, live: Tensor) -> dict[str, float | int]:
     """Smallest singular value kept in a cover basis, and directions of live components dropped (worst of a batch)."""
     kept = values > 0
-    expected = live.sum(-1)
+    expected = live.sum(-1).clamp(max=values.shape[-1])
     smallest = torch.where(kept, values, torch.inf).amin()
     return {
         "smallest_kept": float(smallest) if torch.isfinite(smallest) else 0.0,

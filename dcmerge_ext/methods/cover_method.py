@@ -39,7 +39,7 @@ class CoverMethod(Method, frozen=True):
         Annotated[float, Meta(ge=0, le=1)] | None,
         Meta(
             description="directions of the concatenated bases with singular values at or below this fraction of the largest "
-            "are dropped (published code keeps all). None: 2 sqrt(max(m, k)) eps",
+            "are dropped (published code keeps all). None: 2 sqrt(max(m, k)) eps in float64; in float32 eps, seen in float64 where float32 does not tell",
         ),
     ] = None
     accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"

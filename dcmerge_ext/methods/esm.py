@@ -17,9 +17,9 @@ from torch import Tensor
 from dcmerge_ext.calibration.grams import Gram, Grams, find_gram, open_grams
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.linalg.polar import polar_with_values
-from dcmerge_ext.lowrank import LowRank, Update
+from dcmerge_ext.lowrank import LowRank, Update, times
 from dcmerge_ext.methods.base import Context, Method, Preset
-from dcmerge_ext.methods.cover import Cover
+from dcmerge_ext.methods.cover import Cover, basis_facts
 from dcmerge_ext.methods.cover_method import cover_flops, cover_workspace
 from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks, components_of
@@ -66,8 +66,8 @@ class Esm(Method, frozen=True):
     (it pads P with the identity where there are fewer tokens than outputs), and neither does a task that shifts none;
     means over k count the null ones, as published. Directions that tasks share add nothing made up (partial isometry),
     |Delta_t| is the norm of the whole update, and fewer rows or columns than tasks give the mean, with a warning. The
-    singular values of A fall further than those of a basis: in float32 the default ``basis_tol`` may drop the weakest
-    of a square A, which round-off would decide; 0 keeps them.
+    singular values of A fall further than those of a basis: where float32 cannot tell the weakest from round-off, the
+    matrix is merged in float64, at about four times the time.
     ``eigenvalue_power`` = 0 gives the paper's bases, up to a factor per matrix.
     """
 
@@ -115,7 +115,7 @@ class Esm(Method, frozen=True):
         Annotated[float, Meta(ge=0, le=1)] | None,
         Meta(
             description="directions of the concatenated factors with singular values at or below this fraction of the largest "
-            "are dropped (the published code keeps all). None: 2 sqrt(max(m, k)) eps",
+            "are dropped (the published code keeps all). None: 2 sqrt(max(m, k)) eps in float64; in float32 eps, seen in float64 where float32 does not tell",
         ),
     ] = None
     accuracy: Annotated[Literal["exact", "fast"], Meta(description="of the truncated SVD of dense updates")] = "exact"
@@ -201,6 +201,19 @@ class Esm(Method, frozen=True):
         return self._merge_shifts(Updates(specs, lambda i: updates[i].mT), grams, ctx).mT
 
     def _merge_shifts(self, updates: Updates, grams: Sequence[Gram | None], ctx: Context) -> Update:
+        """In float64 where float32 leaves it open whether weak directions are there (see ``polar_decided``)."""
+        merged = self._merge_once(updates, grams, ctx)
+        dropped = ctx.facts["cover_u"]["dropped"] + ctx.facts["cover_v"]["dropped"]
+        if not dropped or self.basis_tol is not None or updates.all_lowrank or updates.dtype == torch.float64:
+            return merged
+        specs = [spec._replace(dtype=torch.float64) for spec in updates.specs]
+        again = Updates(specs, lambda i: updates[i].double())
+        return self._merge_once(again, grams, ctx, torch.finfo(updates.dtype).eps).to(updates.dtype)
+
+    def _merge_once(
+        self, updates: Updates, grams: Sequence[Gram | None], ctx: Context, round_off: float | None = None
+    ) -> Update:
+        """``round_off``: that of the entries, where it decides how many directions there are rather than ``basis_tol``."""
         m, n = updates.shape[-2:]
         slots = self._slots(updates.specs, ctx.num_tasks)
         components, ctx.facts["svd"] = components_of(
@@ -221,21 +234,25 @@ class Esm(Method, frozen=True):
             P = (U * _energy_weights(S, self.eigenvalue_power, slots[i])[..., None, :]).to(dtype)
             update = updates[i]
             bases.append(P)
-            coordinates.append(_times(P.mT, update))
+            coordinates.append(times(P.mT, update))
             shifts = S[..., 0] > 0
             norms.append(torch.where(shifts, _norm(update), 0))
             counts.append(shifts * slots[i])
         components.clear()
-        ctx.facts.update(rank=[int((P != 0).any(-2).sum(-1).amax()) for P in bases])
+        live = torch.stack([(P != 0).any(-2).sum(-1) for P in bases], dim=-1)
+        ctx.facts["rank"] = live.reshape(-1, live.shape[-1]).amax(0).tolist()
         if self.variant == "vit":
             for A, share in zip(coordinates, _relative(torch.stack(norms), over=0), strict=True):
                 A *= share.to(dtype)[..., None, None] ** 2
         P, A = torch.cat(bases, dim=-1), torch.cat(coordinates, dim=-2)
+        ranks = [None if round_off is None else _independent(rows, round_off) for rows in (P.mT, A)]
         if self.variant == "vit":
             A *= _relative(torch.linalg.vector_norm(A, dim=-2), over=-1)[..., None, :] ** 2
         width = torch.stack(counts).sum(0)
-        left = self._flat(P, width.clamp(1, m)) * (2 if self.variant == "vit" else 1)
-        right = self._flat(A, width.clamp(1, n))
+        left, ctx.facts["cover_u"] = self._flat(P, width.clamp(1, m), live, ranks[0])
+        right, ctx.facts["cover_v"] = self._flat(A, width.clamp(1, n), live, ranks[1])
+        if self.variant == "vit":
+            left = left * 2
         return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
 
     def _slots(self, specs: Sequence[UpdateSpec], num_tasks: int) -> list[int]:
@@ -248,12 +265,18 @@ class Esm(Method, frozen=True):
         assert slots is not None  # m is at least min(m, n)
         return slots
 
-    def _flat(self, X: Tensor, count: Tensor) -> Tensor:
-        """mean(sv(X)) polar(X), the mean over ``count`` (...) singular values, of which null ones are 0."""
+    def _flat(
+        self, X: Tensor, count: Tensor, live: Tensor, rank: Tensor | None
+    ) -> tuple[Tensor, dict[str, float | int]]:
+        """mean(sv(X)) polar(X), the mean over ``count`` (...) singular values, of which null ones are 0; and its facts.
+
+        ``rank`` (...): number of singular values that are not null, where that is known.
+        """
         wide = X.shape[-1] > X.shape[-2]  # the routes to a polar factor take tall matrices
-        Q, _, values = polar_with_values(X.mT if wide else X, self.basis_tol)
+        X = X.mT if wide else X
+        Q, values = _polar_of_rank(X, rank) if rank is not None else polar_with_values(X, self.basis_tol)[::2]
         Q *= (values.sum(-1) / count)[..., None, None]
-        return Q.mT if wide else Q
+        return Q.mT if wide else Q, basis_facts(values, live)
 
     def _grams(self, specs: Sequence[UpdateSpec], key: str) -> list[Gram | None] | None:
         """Of every task that touches the tensor; None where one of them has none, and TSV-M is taken."""
@@ -417,10 +440,22 @@ def _relative(norms: Tensor, *, over: int) -> Tensor:
     return norms / torch.where(mean > 0, mean, 1)
 
 
-def _times(left: Tensor, update: Update) -> Tensor:
-    if isinstance(update, LowRank):
-        return (left @ update.left.to(left.dtype)) @ update.right.to(left.dtype)
-    return left @ update
+def _independent(rows: Tensor, round_off: float) -> Tensor:
+    """(...) numerical rank of (..., k, n) whatever the lengths of the rows, which fall as the spectra of the updates do."""
+    values = torch.linalg.svdvals(torch.nn.functional.normalize(rows, dim=-1))
+    rank: Tensor = (values > round_off * values[..., :1]).sum(-1)
+    return rank
+
+
+def _polar_of_rank(X: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and singular values of the polar decomposition of the best approximation of ``rank`` (...) of X (..., m, n)."""
+    values = torch.nn.functional.pad(torch.linalg.svdvals(X), (0, 1))
+    dropped = values.gather(-1, rank[..., None])[..., 0]
+    tolerances = (dropped * (1 + 1e-6) / values[..., 0]).nan_to_num(1.0).clamp(max=1)
+    matrices, each = X.reshape(-1, *X.shape[-2:]), tolerances.reshape(-1).tolist()
+    found = [polar_with_values(matrix, tol) for matrix, tol in zip(matrices, each, strict=True)]
+    Q, S = torch.stack([Q for Q, _, _ in found]), torch.stack([S for _, _, S in found])
+    return Q.reshape(X.shape), S.reshape(values[..., :-1].shape)
 
 
 def _norm(update: Update) -> Tensor:

@@ -65,7 +65,7 @@ class IsoCTS(Method, frozen=True):
         Annotated[float, Meta(ge=0, le=1)] | None,
         Meta(
             description="directions of the concatenated bases with singular values at or below this fraction of the largest "
-            "are dropped (the published code keeps all). None: 2 sqrt(max(m, k)) eps",
+            "are dropped (the published code keeps all). None: 2 sqrt(max(m, k)) eps in float64; in float32 eps, seen in float64 where float32 does not tell",
         ),
     ] = None
     accuracy: Annotated[
@@ -104,12 +104,17 @@ class IsoCTS(Method, frozen=True):
             total = sum_updates(updates)
             shared, _ = decompose(total, common)
             components.append(_without_null(shared, round_off(total)) if isinstance(total, LowRank) else shared)
+        basis = components[0].U if common else None
         if any(own):
-            basis = components[0].U if common else None
             specific, ctx.facts["svd"] = _own_components(updates, own, basis, self.accuracy, self.seed, ctx.key)
             components = specific + components
         dtype = torch.float64 if updates.all_lowrank else updates.dtype
-        cover = cover_of(components, dtype, self.basis_tol, torch.finfo(updates.dtype).eps)
+        tasks = [i for i, rank in enumerate(own) if rank]
+
+        def source(i: int) -> Update:
+            return _rest(updates[tasks[i]].double(), basis) if i < len(tasks) else sum_updates(updates)
+
+        cover = cover_of(components, dtype, self.basis_tol, torch.finfo(updates.dtype).eps, source)
         live = live_components(cover.spectra)
         over = self.mean_over or ("rank" if updates.all_lowrank else "min_dim")
         mean = mean_value(torch.cat(cover.spectra, dim=-1), over, min(updates.shape[-2:]), ctx.facts)
@@ -163,9 +168,9 @@ def _own_components(
         update = updates[i]
         if isinstance(update, LowRank):  # in float64, as all that is done with factors
             limits[i] = round_off(update)
-            return LowRank(_without_span(update.left.double(), basis), update.right.double())
+            return _rest(update.double(), basis)
         limits[i] = torch.linalg.matrix_norm(update, dtype=torch.float64) * tolerance
-        return _without_span(update, basis)
+        return _rest(update, basis)
 
     components, facts = components_of(Updates(updates.specs, rest), ranks, accuracy=accuracy, seed=seed, key=key)
     tasks = [i for i, rank in enumerate(ranks) if rank]
@@ -179,9 +184,13 @@ def _without_null(components: Components, limit: Tensor) -> Components:
     return Components(U.masked_fill(null[..., None, :], 0), S.masked_fill(null, 0), Vh.masked_fill(null[..., None], 0))
 
 
-def _without_span(X: Tensor, basis: Tensor | None) -> Tensor:
+def _rest(X: Update, basis: Tensor | None) -> Update:
     """(I - U U') X."""
     if basis is None:
         return X
+    if isinstance(X, LowRank):
+        left = _rest(X.left, basis)
+        assert isinstance(left, Tensor)
+        return LowRank(left, X.right)
     U = basis.to(X.dtype)
     return X - U @ (U.mT @ X)
