@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dcmerge_ext.lowrank import Update
 from dcmerge_ext.methods import Context, create, knots
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.dare import drop
-from dcmerge_ext.methods.knots import _align
+from dcmerge_ext.methods.knots import _align, _State
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 Model = Mapping[str, Sequence[Update]]
@@ -122,7 +123,9 @@ class TestPublished:
     @pytest.mark.parametrize("form", ["lowrank", "dense"])
     def test_singular_values_of_the_worked_pair(self, form: str) -> None:
         pair = cases.worked_pair()
-        rows = _align(Updates.of([u if form == "lowrank" else u.dense() for u in pair]), None).updates
+        rows = _align(
+            "", Updates.of([u if form == "lowrank" else u.dense() for u in pair]), None, _State(None, {})
+        ).updates
         values = sum(cases.dense(x) ** 2 for x in rows).sum(1).sqrt()
         expected = torch.tensor([5.423899, 3.332822, 1.406668, 0.703493], dtype=torch.float64)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
@@ -130,11 +133,11 @@ class TestPublished:
     def test_updates_are_their_coordinates_in_the_basis(self) -> None:
         """Hence an untrimmed sum is task arithmetic."""
         updates = cases.lora_updates([3, 0, 4], 20, 14)
-        basis, live, aligned, _ = _align(Updates.of(updates), None)
+        basis, live, aligned, _ = _align("", Updates.of(updates), None, _State(None, {}))
         assert bool(live.all())
-        assert cases.error(basis.mT @ basis, torch.eye(7, dtype=torch.float64)) < 1e-13
+        assert cases.error(basis().mT @ basis(), torch.eye(7, dtype=torch.float64)) < 1e-13
         for update, rows in zip(updates, aligned, strict=True):
-            assert cases.error(basis @ cases.dense(rows), update) < 1e-13
+            assert cases.error(basis() @ cases.dense(rows), update) < 1e-13
 
     @pytest.mark.parametrize("form", ["lowrank", "dense"])
     @pytest.mark.parametrize(("keep", "rate", "seed"), [(None, None, 0), (None, 0.5, 421), (0.3, 0.2, 7)])
@@ -270,7 +273,8 @@ class TestForms:
         updates = Updates.of(cases.lora_updates([3, 2], 12, 9, dtype=dtype))
         method = create("knots", {"keep": 0.3, "aggregate": aggregate})
         state = survey_model(method, 2, dtype, lambda s: method.survey("", updates, s))
-        raised = replace(state, thresholds=state.thresholds * (1 + 2 * torch.finfo(dtype).eps))
+        higher = state.rule.thresholds * (1 + 2 * torch.finfo(dtype).eps)
+        raised = replace(state, rule=replace(state.rule, thresholds=higher))
         merged, again = (cases.dense(method.merge(updates, Context(2, "", s))) for s in (state, raised))
         assert torch.equal(merged, again)
 
@@ -290,8 +294,18 @@ class TestForms:
                 method.survey(name, updates, state)
 
         apart, together = (survey_model(method, 3, torch.float64, visit) for visit in (in_shares, in_turn))
-        assert torch.equal(apart.thresholds, together.thresholds)
-        assert apart.sign == together.sign
+        assert torch.equal(apart.rule.thresholds, together.rule.thresholds)
+        assert apart.rule.sign == together.rule.sign
+
+    @pytest.mark.parametrize(("most", "kept"), [(0, 0), (64 << 20, 1)])
+    def test_cores_that_are_kept_change_nothing(self, most: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        updates = Updates.of(cases.lora_updates([3, 2], 12, 9))
+        expected = cases.dense(knots(list(updates), keep=0.3))
+        monkeypatch.setattr(import_module("dcmerge_ext.methods.knots"), "_MOST_KEPT", most)
+        method = create("knots", {"keep": 0.3})
+        state = survey_model(method, 2, torch.float64, lambda s: method.survey("", updates, s))
+        assert len(state.cores) == kept
+        assert cases.error(method.merge(updates, Context(2, "", state)), expected) < 1e-12
 
     def test_adapters_in_files(self, tmp_path: Path) -> None:
         start = families.toy(dtype=torch.float32)

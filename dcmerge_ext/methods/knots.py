@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -19,13 +19,15 @@ from dcmerge_ext.methods.registry import register
 from dcmerge_ext.methods.stacks import dense_update
 from dcmerge_ext.methods.sums import zero_update
 from dcmerge_ext.methods.ties import Ties
-from dcmerge_ext.svd import Components, cost, decompose
+from dcmerge_ext.svd import cost, decompose
 from dcmerge_ext.svd.dense import svd
 from dcmerge_ext.svd.factors import thin_qr
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 ROUND_OFF = 16
 """Of a coordinate, in eps of the largest singular value."""
+_MOST_KEPT = 64 << 20
+"""Bytes of k x k matrices of LowRank stacks kept from one pass to the next; further ones are decomposed again."""
 
 
 class Knots(Method, frozen=True):
@@ -43,7 +45,8 @@ class Knots(Method, frozen=True):
 
     Scale: the published configurations for eight ViT-B/32 adapters have 0.6 with TIES and 0.7 with DARE-TIES, 0.5 for
     Llama-3-8B with nothing trimmed; they ignore lora_alpha. Cost of each pass (four over float32, six over float64, two
-    where nothing is trimmed): 4 (m + n) k^2 flops, the k x k SVD, 2 n k^2 for the M_i, which are held for one matrix.
+    where nothing is trimmed): 2 n k^2 flops for the M_i, which are held for one matrix; of the first one 4 (m + n) k^2 and
+    the k x k SVD (of each pass where those of all matrices take more than 64 MiB), of the last one 2 m k^2.
 
     Deviations from the published code: singular values count as null relative to the largest rather than below 1e-5
     (``cutoff``), so that the method does not depend on the unit of the weights; entries of M_i at the level of round-off
@@ -114,30 +117,31 @@ class Knots(Method, frozen=True):
     def num_surveys(self, dtype: torch.dtype) -> int:
         return self._rule.num_surveys(dtype)
 
-    def begin(self, num_tasks: int, dtype: torch.dtype) -> Any:
-        return self._rule.begin(num_tasks, dtype)
+    def begin(self, num_tasks: int, dtype: torch.dtype) -> _State:
+        return _State(self._rule.begin(num_tasks, dtype), {})
 
-    def survey(self, key: str, updates: Updates, state: Any) -> None:
+    def survey(self, key: str, updates: Updates, state: _State) -> None:
         if 0 in updates.shape or all(spec.rank == 0 for spec in updates.specs):
             return
-        aligned = _align(self._facing(updates), self.cutoff)
+        aligned = _align(key, self._facing(updates), self.cutoff, state)
         if 0 not in aligned.updates.shape:
-            self._rule.survey(key, aligned.updates, state)
+            self._rule.survey(key, aligned.updates, state.rule)
 
-    def finish(self, state: Any) -> Any:
-        return self._rule.finish(state)
+    def finish(self, state: _State) -> _State:
+        return replace(state, rule=self._rule.finish(state.rule))
 
     def merge(self, updates: Updates, ctx: Context) -> Update:
         if 0 in updates.shape or all(spec.rank == 0 for spec in updates.specs):
             return zero_update(updates)
-        basis, live, aligned, round_off = _align(self._facing(updates), self.cutoff)
+        state: _State = ctx.state
+        basis, live, aligned, round_off = _align(ctx.key, self._facing(updates), self.cutoff, state)
         ctx.facts["rank"] = int(live.sum(-1).amax())
-        merged = torch.zeros(*live.shape, aligned.shape[-1], dtype=updates.dtype, device=basis.device)
+        merged = torch.zeros(*live.shape, aligned.shape[-1], dtype=updates.dtype, device=live.device)
         if 0 not in aligned.shape:
             merged[live] = dense_update(
-                self._rule.merge(aligned, replace(ctx, state=self._lenient(ctx.state, round_off)))
+                self._rule.merge(aligned, replace(ctx, state=self._lenient(state.rule, round_off)))
             )
-        found = LowRank(basis.to(updates.dtype), merged)
+        found = LowRank(basis().to(updates.dtype), merged)
         found = found if self.share == "output" else found.mT
         return found if updates.all_lowrank else found.dense()
 
@@ -180,9 +184,38 @@ class Knots(Method, frozen=True):
 knots = register(Knots)
 
 
+class _Core(NamedTuple):
+    """The stack [B_1 A_1 .. B_T A_T] = U diag(s) V' with B = [B_1 .. B_T] = Q R, in float64: U = Q rotation."""
+
+    rotation: Tensor
+    values: Tensor
+    """s; null components have 0."""
+    coordinates: Tensor
+    """U'B = rotation' R, so that M_i = coordinates_i A_i."""
+
+
+@dataclass
+class _State:
+    """A :class:`~dcmerge_ext.methods.base.SurveyState`: that of the rule for the M_i, and cores by name."""
+
+    rule: Any
+    cores: dict[str, _Core]
+
+    def fork(self) -> _State:
+        return replace(self, rule=self.rule.fork())
+
+    def join(self, share: _State) -> None:
+        self.rule.join(share.rule)
+
+    def keep(self, key: str, core: _Core) -> None:
+        cores = [core, *self.cores.values()]
+        if sum(part.nbytes for kept in cores for part in kept) <= _MOST_KEPT:
+            self.cores[key] = core
+
+
 class _Aligned(NamedTuple):
-    basis: Tensor
-    """(..., m, k): U"""
+    basis: Callable[[], Tensor]
+    """Computes U (..., m, k)."""
     live: Tensor
     """(..., k): which of its columns are not null."""
     updates: Updates
@@ -191,39 +224,60 @@ class _Aligned(NamedTuple):
     """Of their entries: BLAS may add in another order where memory is aligned differently."""
 
 
-def _align(updates: Updates, cutoff: float | None) -> _Aligned:
+def _align(key: str, updates: Updates, cutoff: float | None, state: _State) -> _Aligned:
     """The SVD of the updates side by side, those of rank 0 left out."""
     touching = [i for i, spec in enumerate(updates.specs) if spec.rank != 0]
     loaded = [updates[i] for i in touching]
     n = updates.shape[-1]
     if updates.all_lowrank:
         factors = [u for u in loaded if isinstance(u, LowRank)]
-        left, values, coordinates = _stacked_factors(factors, torch.finfo(updates.dtype).eps)
-        sizes = [u.rank for u in factors]
-        rights = [u.right.to(coordinates.dtype) for u in factors]
-        parts = [c @ right for c, right in zip(torch.split(coordinates, sizes, dim=-1), rights, strict=True)]
+        core = state.cores.get(key) or _core(factors, torch.finfo(updates.dtype).eps)
+        state.keep(key, core)
+        values = core.values
+        parts = [
+            coordinates @ u.right.double()
+            for coordinates, u in zip(
+                torch.split(core.coordinates, [u.rank for u in factors], -1), factors, strict=True
+            )
+        ]
+
+        def basis() -> Tensor:
+            return thin_qr(_side_by_side(factors))[0] @ core.rotation
     else:
         stack = torch.cat([dense_update(u).to(updates.dtype) for u in loaded], dim=-1)
         found, _ = decompose(stack, min(stack.shape[-2:]))
         left, values, right = found
         parts = list(torch.split(values[..., None] * right, n, dim=-1))
+
+        def basis() -> Tensor:
+            return left
+
     live = values > (cutoff or 0)
-    round_off = values[..., :1, None] * (ROUND_OFF * torch.finfo(left.dtype).eps)
+    round_off = values[..., :1, None] * (ROUND_OFF * torch.finfo(values.dtype).eps)
     rows = {
-        i: part.masked_fill(part.abs() <= round_off, 0)[live].to(updates.dtype)
+        i: _rows(part.to(updates.dtype), live, round_off.to(updates.dtype))
         for i, part in zip(touching, parts, strict=True)
     }
     shape = (int(live.sum()), n)
-    none = LowRank(left.new_zeros(shape[0], 0), left.new_zeros(0, n)).to(updates.dtype)
+    none = LowRank(values.new_zeros(shape[0], 0), values.new_zeros(0, n)).to(updates.dtype)
     specs = [UpdateSpec(shape, None if i in rows else 0, updates.dtype) for i in range(len(updates))]
-    return _Aligned(left, live, Updates(specs, lambda i: rows.get(i, none)), float(round_off.amax()))
+    return _Aligned(basis, live, Updates(specs, lambda i: rows.get(i, none)), float(round_off.amax()))
 
 
-def _stacked_factors(factors: Sequence[LowRank], eps: float) -> Components:
-    """U, s and U' [B_1 .. B_T] of the stack [B_1 A_1 .. B_T A_T], in float64; null components have s = 0."""
-    Q, R = thin_qr(torch.cat([u.left for u in factors], dim=-1).double())
+def _rows(part: Tensor, live: Tensor, round_off: Tensor) -> Tensor:
+    """Those of M_i that are not null, without their round-off."""
+    part = part.masked_fill(part.abs() <= round_off, 0)
+    return part.reshape(-1, part.shape[-1]) if bool(live.all()) else part[live]
+
+
+def _side_by_side(factors: Sequence[LowRank]) -> Tensor:
+    return torch.cat([u.left for u in factors], dim=-1).double()
+
+
+def _core(factors: Sequence[LowRank], eps: float) -> _Core:
+    _, R = thin_qr(_side_by_side(factors))
     blocks = torch.split(R, [u.rank for u in factors], dim=-1)
     triangles = [thin_qr(u.right.double().mT)[1] for u in factors]
     u, values, _ = svd(torch.cat([block @ L.mT for block, L in zip(blocks, triangles, strict=True)], dim=-1))
     null = values <= eps * R.shape[-1] ** 0.5 * values[..., :1]  # the factors carry their dtype's round-off
-    return Components(Q @ u, values.masked_fill(null, 0), u.mT @ R)
+    return _Core(u, values.masked_fill(null, 0), u.mT @ R)
