@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -83,17 +84,16 @@ class Executor:
         result = TensorResult(tensor.name, tensor.action)
         started = time.perf_counter()
         digests = [xxhash.xxh3_128() for _ in range(1 + self.plan.num_tasks)]
+        context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
+        merge_panel = self._merger(tensor, context, whole)
         for rows in [None] if whole else tensor.panels():
             norms = [0.0] * self.plan.num_tasks
             base = self.plan.base.read(tensor.name, rows)
             if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
                 _digest(digests[0], base)
             updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
-            context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
-            try:
-                merged = tensor.method.merge(updates, context)
-            except (ConvergenceError, OptionError) as error:
-                raise type(error)(f"tensor {tensor.name!r}: {error}") from error
+            with _named(tensor):
+                merged = merge_panel(updates)
             _accumulate(result.facts, "update_norms", norms)
             _accumulate(result.facts, "merged_norm", [_norm(merged)])
             sink(rows, base, merged, result.facts)
@@ -101,6 +101,20 @@ class Executor:
         result.seconds = time.perf_counter() - started
         result.digests = [digest.digest() for digest in digests]
         return result
+
+    def _merger(self, tensor: TensorPlan, context: Context, whole: bool) -> Callable[[Updates], Update]:
+        """Merges any panel of the tensor."""
+        method = tensor.method
+        assert method is not None
+        if whole or not tensor.in_passes:
+            return lambda updates: method.merge(updates, context)
+
+        def panels() -> Iterator[Updates]:
+            for rows in tensor.panels():
+                yield load_updates(self.plan, tensor, rows, self.plan.base.read(tensor.name, rows), self.device)
+
+        with _named(tensor):
+            return method.prepare(tensor.specs, panels, context)
 
     def write(self, tensor: TensorPlan, store: Store) -> TensorResult:
         """Give ``store`` the tensor as it is stored, base + scale * merged cast once, panel by panel."""
@@ -173,6 +187,15 @@ class Executor:
                 state.join(shares.get())
 
         self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
+
+
+@contextmanager
+def _named(tensor: TensorPlan) -> Iterator[None]:
+    """Errors of a method inside the block name the tensor."""
+    try:
+        yield
+    except (ConvergenceError, OptionError) as error:
+        raise type(error)(f"tensor {tensor.name!r}: {error}") from error
 
 
 def _workers() -> int:

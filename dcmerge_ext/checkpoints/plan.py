@@ -22,6 +22,9 @@ PANEL_ELEMENTS = 1 << 18
 """Elements of a row panel of an elementwise method. 1 MB in float32: base, task and sum stay in the second-level cache;
 halving or doubling it costs about 10 %, four times as much 50 % (task arithmetic of 8 tasks)."""
 
+PASS_ELEMENTS = 1 << 23
+"""Elements of a row panel of a matrix that is merged in several passes: enough rows for products at full rate."""
+
 _VOCABULARY = {
     1: re.compile(r"(lm_head|predictions(\.decoder)?)\.bias$"),
     2: re.compile(r"embed|wte|lm_head|predictions\.decoder|shared\.weight"),
@@ -54,12 +57,24 @@ class TensorPlan:
         """Merged in row panels: element by element, nothing needs the whole tensor."""
         return self.action != "merge" or (self.method is not None and self.method.elementwise)
 
+    @property
+    def in_passes(self) -> bool:
+        """Merged in row panels by a method for matrices, after passes over all of them."""
+        return (
+            self.action == "merge"
+            and self.method is not None
+            and self.matrix_shape is None
+            and self.method.in_panels(self.specs, len(self.specs))
+        )
+
     def panels(self) -> list[slice | None]:
         """Row ranges to work through; one whole tensor where the method needs it."""
         shape = self.base.shape
-        if not self.panelled or not shape or self.base.numel <= PANEL_ELEMENTS or self.matrix_shape is not None:
+        elements = PASS_ELEMENTS if self.in_passes else PANEL_ELEMENTS
+        whole = not (self.panelled or self.in_passes) or self.matrix_shape is not None
+        if whole or not shape or self.base.numel <= elements:
             return [None]
-        rows = max(1, PANEL_ELEMENTS // max(1, prod(shape[1:])))
+        rows = max(1, elements // max(1, prod(shape[1:])))
         return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 

@@ -6,7 +6,7 @@ devices, other tensors or names beyond a key. To add one: a file here, an import
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -95,6 +95,20 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def merge(self, updates: Updates, ctx: Context) -> Update:
         """The merged update, without the scale."""
         raise TypeError(f"{type(self).__name__} does not implement merge")
+
+    def in_panels(self, specs: Sequence[UpdateSpec], num_tasks: int) -> bool:
+        """Whether these updates are too large to be held whole, and merged by :meth:`prepare`. From headers."""
+        return False
+
+    def prepare(
+        self, specs: Sequence[UpdateSpec], panels: Callable[[], Iterable[Updates]], ctx: Context
+    ) -> Callable[[Updates], Update]:
+        """What merges the row panels of one tensor, after passes over all of them.
+
+        Args:
+            specs: of the whole tensor.   panels: starts a pass, in order.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement prepare")
 
     def merged_rank(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int | None:
         """Rank of the LowRank that LowRank updates merge to, from headers; None where the result is dense."""

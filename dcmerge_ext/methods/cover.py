@@ -83,16 +83,18 @@ def cover_of_updates(
     if updates.all_lowrank and basis_tol is None and not oriented and (cover := factored_cover(updates, ranks)):
         return cover, summarize([Evidence("factors", ranks[0])] * len(ranks))
     components, facts = components_of(updates, ranks, accuracy=accuracy, tol=tol, seed=seed, key=key)
-    if facts.get("ties"):
-        logger.warning(
-            "%s: singular values tie at the cut; one of several equally good truncations is used", key or name
-        )
+    warn_of_ties(facts, key or name)
     if oriented:
         components = [_oriented(c) for c in components]
     dtype = torch.float64 if updates.all_lowrank else updates.dtype
     round_off = torch.finfo(updates.dtype).eps  # LowRank updates: float64 work on factors of that precision
     kept = [i for i, rank in enumerate(ranks) if rank]
     return cover_of(components, dtype, basis_tol, round_off, lambda i: updates[kept[i]]), facts
+
+
+def warn_of_ties(facts: dict[str, Any], where: str) -> None:
+    if facts.get("ties"):
+        logger.warning("%s: singular values tie at the cut; one of several equally good truncations is used", where)
 
 
 def cover_of(

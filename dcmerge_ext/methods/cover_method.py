@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method
-from dcmerge_ext.methods.cover import Cover, basis_facts, cover_of_updates, live_components
+from dcmerge_ext.methods.cover import Cover, basis_facts, cover_of_updates, live_components, warn_of_ties
 from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
 from dcmerge_ext.methods.sums import mean_instead, zero_update
-from dcmerge_ext.svd import cost
+from dcmerge_ext.methods.tall import Panels, is_tall, tall_cover
+from dcmerge_ext.svd import cost, summarize
 from dcmerge_ext.updates import Updates, UpdateSpec
 
 
@@ -26,6 +27,8 @@ class CoverMethod(Method, frozen=True):
     """
 
     keeps_rank = True
+    core_from_cover: ClassVar[bool] = False
+    """:meth:`blocks` needs no more of the updates than their cover and spectra."""
 
     official: Annotated[str | None, Meta(description="a named set of these options")] = None
     rank: Annotated[
@@ -76,7 +79,25 @@ class CoverMethod(Method, frozen=True):
             return mean_instead(self.name, updates, ctx)
         if sum(ranks) == 0 or 0 in updates.shape:
             return zero_update(updates)
-        cover = self.cover_of(updates, ranks, ctx)
+        left, right = self._factors(self.cover_of(updates, ranks, ctx), updates, ranks, ctx)
+        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+
+    def in_panels(self, specs: Sequence[UpdateSpec], num_tasks: int) -> bool:
+        return self.core_from_cover and is_tall(specs) and bool(sum(self.ranks(specs, num_tasks) or []))
+
+    def prepare(self, specs: Sequence[UpdateSpec], panels: Panels, ctx: Context) -> Callable[[Updates], Update]:
+        ranks = self.ranks(specs, ctx.num_tasks)
+        assert ranks is not None
+        tall = tall_cover(panels, specs, ranks, self.basis_tol)
+        ctx.facts["svd"] = summarize(tall.evidence)
+        warn_of_ties(ctx.facts["svd"], ctx.key or self.name)
+        left, right = self._factors(tall.cover, Updates(specs, _not_at_hand), ranks, ctx)
+        through = left @ right
+        tasks = [i for i, rank in enumerate(ranks) if rank]
+        return lambda panel: tall.rows_of(panel, tasks).float() @ through
+
+    def _factors(self, cover: Cover, updates: Updates, ranks: Sequence[int], ctx: Context) -> tuple[Tensor, Tensor]:
+        """The merged update as two factors, (..., m, k) and (..., k, n)."""
         live = live_components(cover.spectra)
         blocks = self.blocks(cover, live, updates, ranks, ctx)
         ctx.facts.update(
@@ -85,8 +106,7 @@ class CoverMethod(Method, frozen=True):
             cover_u=basis_facts(cover.u.values, live),
             cover_v=basis_facts(cover.v.values, live),
         )
-        left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
-        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+        return cover.u.times_blocks(blocks), cover.v.basis().mT
 
     def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
         """The cover of the updates' components; ``settings`` as :func:`~dcmerge_ext.methods.cover.cover_of_updates`."""
@@ -117,6 +137,10 @@ class CoverMethod(Method, frozen=True):
     def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
         ranks = self.ranks(specs, num_tasks)
         return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
+
+
+def _not_at_hand(task: int) -> Update:
+    raise TypeError(f"update {task} is seen by panels only")
 
 
 def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:

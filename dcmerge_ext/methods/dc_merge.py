@@ -45,6 +45,7 @@ class DCMerge(CoverMethod, frozen=True):
     """
 
     name = "dc_merge"
+    core_from_cover = True
     paper = "https://arxiv.org/abs/2603.06242"
     presets: ClassVar = {
         "fft": Preset(
@@ -122,6 +123,9 @@ class DCMerge(CoverMethod, frozen=True):
 
     def default_scale(self, num_tasks: int) -> float:
         return 2.0 if num_tasks > 1 else 1.0
+
+    def in_panels(self, specs: Sequence[UpdateSpec], num_tasks: int) -> bool:
+        return self.cover == "polar" and super().in_panels(specs, num_tasks)
 
     def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
         cover = super().cover_of(updates, ranks, ctx, **settings)

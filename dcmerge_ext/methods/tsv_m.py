@@ -32,6 +32,7 @@ class TsvM(CoverMethod, frozen=True):
     """
 
     name = "tsv_m"
+    core_from_cover = True
     paper = "https://arxiv.org/abs/2412.00081"
     presets: ClassVar = {
         "fft": Preset({}, "apply", r"text_projection"),
