@@ -35,14 +35,26 @@ _MOST_SMALL = 0.6
 
 
 def by_svd(X: Tensor, tolerance: float) -> _Factors:
-    """Thin QR X = Q0 R (unless X is square) and the SVD R = W S Z': Q = Q0 W Z', H = Z S Z'. Any shape, any rank."""
+    """Thin QR X = Q0 R (unless X is square) and the SVD R = W S Z': Q = Q0 W Z', H = Z S Z'. Any shape, any rank.
+
+    Where ``tolerance`` keeps directions that float32's round-off drowns, those are found again in float64:
+    X Z_2 - Q_1 (Q_1' X Z_2) = P S_2 Y' as in :func:`by_eigenvectors`.
+    """
     square = X.shape[0] == X.shape[1]
     basis, triangle = (None, X) if square else torch.linalg.qr(X)
     W, S, Zh = svd(triangle)
-    H = Zh.mT @ (S[:, None] * Zh)
+    drowned = 2 * max(X.shape) ** 0.5 * torch.finfo(X.dtype).eps
+    sound = int((drowned * S[:1] < S).sum())
+    if X.dtype == torch.float64 or tolerance >= drowned or sound == S.numel() or sound == 0:
+        kept = S.masked_fill(tolerance * S[:1] >= S, 0)
+        factor = W * (kept > 0) @ Zh
+        return factor if basis is None else basis @ factor, Zh.mT @ (S[:, None] * Zh), kept
+    Q = W[:, :sound] if basis is None else basis @ W[:, :sound]
+    image = _image(X, Zh[sound:].mT)
+    P, small, Y = _directions(image, image, Q)
+    S[sound:], Zh[sound:] = small.flip(0), (Y.mT @ Zh[sound:]).flip(0)
     kept = S.masked_fill(tolerance * S[:1] >= S, 0)
-    factor = W * (kept > 0) @ Zh
-    return factor if basis is None else basis @ factor, H, kept
+    return Q @ Zh[:sound] + (P.flip(1) * (kept[sound:] > 0)) @ Zh[sound:], Zh.mT @ (S[:, None] * Zh), kept
 
 
 def by_eigenvectors(X: Tensor, tolerance: float, round_off: float) -> _Factors | None:

@@ -11,7 +11,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext.errors import InputError
-from dcmerge_ext.linalg.polar import default_tolerance, polar_decided, polar_with_values
+from dcmerge_ext.linalg.polar import default_tolerance, polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method, Preset
 from dcmerge_ext.methods.registry import register
@@ -60,7 +60,7 @@ class IsoC(Method, frozen=True):
         Annotated[float, Meta(ge=0, le=1)] | None,
         Meta(
             description="singular values of the sum at or below this fraction of the largest count as null, and their "
-            "directions are dropped (the published code keeps all). None: 2 sqrt(max(m, n)) eps in float64; in float32 eps, seen in float64 where float32 does not tell",
+            "directions are dropped (the published code keeps all). None: 2 sqrt(max(m, n)) eps in float64, eps in float32",
         ),
     ] = None
 
@@ -113,7 +113,9 @@ def flattened(X: Tensor, tol: float | None, over: Literal["rank", "min_dim"], fa
     """mean(s) U V' of X = U diag(s) V' (..., m, n). ``tol`` as in :func:`dcmerge_ext.linalg.polar`."""
     wide = X.shape[-1] > X.shape[-2]  # the routes to a polar factor take tall matrices
     X = X.mT if wide else X
-    Q, _, values = polar_decided(X, tol, X.double, live=(X != 0).any(-2).sum(-1))
+    if tol is None and X.dtype == torch.float32:
+        tol = torch.finfo(X.dtype).eps  # X is data, of which rounding has left no more than that of an exact zero
+    Q, _, values = polar_with_values(X, tol)
     Q *= mean_value(values, over, X.shape[-1], facts)[..., None, None]
     return Q.mT if wide else Q
 
