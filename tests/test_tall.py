@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import cases
+import families
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +18,6 @@ from dcmerge_ext import LowRank, merge_checkpoints
 from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.registry import create
 from dcmerge_ext.updates import Updates
-from tests import cases, families
 
 TALL, PLAN = import_module("dcmerge_ext.methods.tall"), import_module("dcmerge_ext.checkpoints.plan")
 METHODS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from dcmerge_ext.methods.iso_cts import IsoCTS
 from dcmerge_ext.methods.score import Score
 from dcmerge_ext.methods.tsv_m import TsvM
 from dcmerge_ext.updates import Updates
-from tests import cases
 
 EPS = torch.finfo(torch.float32).eps
 N, TASKS, RANK = 48, 4, 12

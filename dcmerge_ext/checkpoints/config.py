@@ -44,6 +44,7 @@ class MergeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     save_as: Literal["full", "adapter"] | None = None
     adapter_rank: Annotated[int, msgspec.Meta(ge=1)] | None = None
     shard_size: str | int = "5GB"
+    max_memory: str | int | None = None
     vocab: Literal["error", "base", "skip"] = "error"
     extra: Literal["error", "ignore"] = "error"
     lora_scale: Literal["apply", "ignore"] | None = None
@@ -51,16 +52,20 @@ class MergeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def shard_bytes(self) -> int:
-        return parse_size(self.shard_size)
+        return parse_size("shard_size", self.shard_size)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_size("max_memory", self.max_memory)
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(name: str, size: str | int) -> int:
     """Bytes from ``5GB``, ``512MiB`` or a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(size), re.IGNORECASE)
     unit = match[2].upper() if match else ""
     factor = _UNITS.get(unit if unit.endswith("B") or not unit else unit + "B")
     if match is None or factor is None or not 1 <= float(match[1]) * factor < 2**63:
-        raise OptionError(f"shard_size: {size!r} is not a size; write 5GB, 512MiB or a number of bytes")
+        raise OptionError(f"{name}: {size!r} is not a size; write 5GB, 512MiB or a number of bytes")
     return int(float(match[1]) * factor)
 
 
@@ -126,5 +131,5 @@ def build_config(values: Mapping[str, Any], where: str = "configuration") -> Mer
             raise OptionError(
                 f"{where}: override pattern {override.match!r} is not a regular expression ({error})"
             ) from error
-    _ = config.shard_bytes
+    _ = config.shard_bytes, config.memory_bytes
     return config

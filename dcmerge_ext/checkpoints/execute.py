@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from dcmerge_ext.checkpoints.estimate import peak_bytes
+from dcmerge_ext.checkpoints.memory import MemoryBudget, is_side_by_side, peak_bytes, workers
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
@@ -32,10 +32,6 @@ Sink = Callable[[slice | None, Tensor, Update, dict[str, Any]], None]
 Store = Callable[[str, slice | None, Tensor], None]
 
 
-_SIDE_BY_SIDE_BYTES = 512 << 20
-"""Memory of the tensors merged at the same time."""
-
-
 @dataclass
 class TensorResult:
     """What happened to one tensor."""
@@ -51,9 +47,13 @@ class TensorResult:
 class Executor:
     """Merges the tensors of a plan; surveys of whole-model methods run first, when they are needed."""
 
-    def __init__(self, plan: Plan, device: torch.device, advance: Advance = lambda _: None) -> None:
+    def __init__(
+        self, plan: Plan, device: torch.device, advance: Advance = lambda _: None, max_memory: int | None = None
+    ) -> None:
+        """``max_memory``: bytes of anonymous memory that the process may hold; see :class:`MemoryBudget`."""
         self.plan = plan
         self.device = device
+        self._budget = MemoryBudget(max_memory)
         self._advance = advance
         self._states: dict[Method, Any] = {}
 
@@ -65,15 +65,19 @@ class Executor:
         """
         for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
             self.survey(method)
-        most = _SIDE_BY_SIDE_BYTES // _workers()
-        small = [t for t in tensors if t.panelled or peak_bytes(self.plan, t) <= most]
-        results = {r.name: r for r in self._side_by_side(small, work)}
-        results.update((t.name, work(t)) for t in tensors if t.name not in results)
+
+        def held(tensor: TensorPlan) -> TensorResult:
+            with self._budget.hold(peak_bytes(self.plan, tensor)):
+                return work(tensor)
+
+        small = [t for t in tensors if is_side_by_side(self.plan, t)]
+        results = {r.name: r for r in self._side_by_side(small, held)}
+        results.update((t.name, held(t)) for t in tensors if t.name not in results)
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
         """``work`` for every tensor, each on its share of the threads. On a GPU, in turn."""
-        return side_by_side(work, tensors, at_most=_workers() if self.device.type == "cpu" else 1)
+        return side_by_side(work, tensors, at_most=workers() if self.device.type == "cpu" else 1)
 
     def merge(self, tensor: TensorPlan, sink: Sink, *, whole: bool = False) -> TensorResult:
         """Merge a tensor; ``sink`` receives each panel: rows, the base's stored values, the merged update, facts.
@@ -169,16 +173,14 @@ class Executor:
 
         def visit(state: SurveyState) -> None:
             shares: SimpleQueue[SurveyState] = SimpleQueue()
-            for _ in range(_workers()):
+            for _ in range(workers()):
                 shares.put(state.fork())
 
             def see(tensor: TensorPlan) -> None:
                 share = shares.get()  # at most as many tensors at a time as there are shares
                 try:
-                    for rows in tensor.panels():
-                        base = self.plan.base.read(tensor.name, rows)
-                        method.survey(tensor.name, load_updates(self.plan, tensor, rows, base, self.device), share)
-                        self._advance(base.nbytes)
+                    with self._budget.hold(peak_bytes(self.plan, tensor)):
+                        self._survey(method, tensor, share)
                 finally:
                     shares.put(share)
 
@@ -188,6 +190,12 @@ class Executor:
 
         self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
 
+    def _survey(self, method: Method, tensor: TensorPlan, state: SurveyState) -> None:
+        for rows in tensor.panels():
+            base = self.plan.base.read(tensor.name, rows)
+            method.survey(tensor.name, load_updates(self.plan, tensor, rows, base, self.device), state)
+            self._advance(base.nbytes)
+
 
 @contextmanager
 def _named(tensor: TensorPlan) -> Iterator[None]:
@@ -196,11 +204,6 @@ def _named(tensor: TensorPlan) -> Iterator[None]:
         yield
     except (ConvergenceError, OptionError) as error:
         raise type(error)(f"tensor {tensor.name!r}: {error}") from error
-
-
-def _workers() -> int:
-    """Tensors merged side by side: more would wait for memory, and each holds a share of a survey."""
-    return min(torch.get_num_threads(), 16)
 
 
 def content_digest(results: Sequence[TensorResult], index: int) -> str:

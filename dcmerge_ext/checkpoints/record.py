@@ -144,11 +144,14 @@ def _method_of(plan: Plan, tensor: TensorPlan) -> dict[str, Any]:
     return {} if method is None or method == plan.method else {"method": method.name}
 
 
-def write_record(directory: Path, record: dict[str, Any], results: Sequence[TensorResult], seconds: float) -> None:
+def write_record(
+    directory: Path, record: dict[str, Any], results: Sequence[TensorResult], seconds: float, peak_bytes: int
+) -> None:
     (directory / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
     timings = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 3),
+        "peak_bytes": peak_bytes,
         "threads": torch.get_num_threads(),
         "tensors": {r.name: round(r.seconds, 6) for r in results},
     }

@@ -19,6 +19,7 @@ from dcmerge_ext.checkpoints.config import MergeConfig, build_config
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.files import unreadable
 from dcmerge_ext.checkpoints.locate import locate
+from dcmerge_ext.checkpoints.memory import MemoryBudget, watched_memory
 from dcmerge_ext.checkpoints.model import ModelFiles
 from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, write_model
 from dcmerge_ext.checkpoints.output import check_output, check_space, work_directory
@@ -63,6 +64,8 @@ class MergeReport:
 
     out: Path
     seconds: float
+    peak_bytes: int
+    """Largest anonymous memory of the process meanwhile, looked at twenty times a second; 0 where the system does not tell."""
     record: dict[str, Any] = field(repr=False)
 
     @property
@@ -89,6 +92,7 @@ def _prepare(config: MergeConfig) -> Prepared:
     check_output(Path(config.out).expanduser(), [*paths, *([base_path] if base_path else [])], config.overwrite)
     base, tasks = open_inputs(paths, base_path, lora_scale_of(config), save_as=config.save_as)
     plan = make_plan(base, tasks, config, with_base=base_path is not None)
+    MemoryBudget(config.memory_bytes).check(plan)
     save_as = config.save_as or ("adapter" if base_path is None else "full")
     if save_as == "full" and config.adapter_rank is not None:
         raise OptionError("adapter_rank belongs to --save-as adapter")
@@ -129,11 +133,11 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
     config, out = prepared.config, Path(prepared.config.out).expanduser()
     started = time.perf_counter()
     check_space(out, prepared.output_bytes + METADATA_BYTES)
-    executor = Executor(prepared.plan, compute_device(config.device), advance)
-    with work_directory(out, config.overwrite) as directory:
+    executor = Executor(prepared.plan, compute_device(config.device), advance, config.memory_bytes)
+    with work_directory(out, config.overwrite) as directory, watched_memory() as peak:
         with gathered_warnings() as warned:
             results = write_output(prepared, executor, directory)
-        report = finish(prepared, executor.device, directory, results, started, warned)
+        report = finish(prepared, executor.device, directory, results, started, warned, peak())
     for warning in rounding_warnings(prepared.plan, results):
         logger.warning("%s", warning)
     return report
@@ -158,17 +162,19 @@ def finish(
     results: Sequence[TensorResult],
     started: float,
     warned: Sequence[str],
+    peak_bytes: int,
     facts: Mapping[str, Any] = {},
 ) -> MergeReport:
     """Write the record, with what the methods ``warned`` of and further ``facts``, beside the weights.
 
     ``started``: of ``time.perf_counter``.
     """
-    config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as)
+    # the bound on memory has no influence on what is written
+    config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as, max_memory=None)
     record = {**make_record(prepared.plan, config, device, results, warned), **facts}
     seconds = time.perf_counter() - started
-    write_record(directory, record, results, seconds)
-    return MergeReport(Path(config.out).expanduser(), seconds, record)
+    write_record(directory, record, results, seconds, peak_bytes)
+    return MergeReport(Path(config.out).expanduser(), seconds, peak_bytes, record)
 
 
 def merge_checkpoints(
@@ -185,6 +191,7 @@ def merge_checkpoints(
     save_as: str | None = None,
     adapter_rank: int | None = None,
     shard_size: str | int = "5GB",
+    max_memory: str | int | None = None,
     vocab: str = "error",
     extra: str = "error",
     lora_scale: str | None = None,
@@ -209,6 +216,8 @@ def merge_checkpoints(
         save_as: "full" or "adapter"; None is "full" with a base and "adapter" without.
         adapter_rank: truncate the merged adapter to this rank.
         shard_size: of the output's files, such as "5GB".
+        max_memory: bound on the anonymous memory of this process, such as "8GB", what it holds already included; mapped
+            input files are not counted. Has no influence on the result. None: no bound.
         vocab: embeddings whose vocabulary differs from the base's: "error", "base" (keep the base's tensor) or "skip"
             (leave that task out of the tensor).
         extra: tensors that the base does not have: "error" or "ignore".
@@ -234,6 +243,7 @@ def merge_checkpoints(
         save_as=save_as,
         adapter_rank=adapter_rank,
         shard_size=shard_size,
+        max_memory=max_memory,
         vocab=vocab,
         extra=extra,
         lora_scale=lora_scale,

@@ -16,6 +16,7 @@ import msgspec
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.kept import KeptUpdates, Replay
+from dcmerge_ext.checkpoints.memory import watched_memory
 from dcmerge_ext.checkpoints.output import check_space, work_directory
 from dcmerge_ext.checkpoints.plan import make_plan
 from dcmerge_ext.checkpoints.record import gathered_warnings
@@ -107,14 +108,14 @@ def run_sweep(
     prepared = {scale: _at(first, scale) for scale in chosen}
     device = compute_device(config.device)
     scores: list[float] = []
-    with work_directory(out, config.overwrite) as directory:
+    with work_directory(out, config.overwrite) as directory, watched_memory() as peak:
         # inside: a candidate becomes the output by renaming its files, and what a killed run leaves is in one place
         with tempfile.TemporaryDirectory(prefix="sweep-", dir=directory) as scratch, gathered_warnings() as warned:
             kept = KeptUpdates(
                 Path(scratch, "updates.safetensors"), first.plan, first.adapter.modules if first.adapter else ()
             )
             check_space(out, kept.nbytes + 2 * (first.output_bytes + METADATA_BYTES))
-            kept.fill(Executor(first.plan, device))
+            kept.fill(Executor(first.plan, device, max_memory=config.memory_bytes))
             best: _Candidate | None = None
             for i, (scale, candidate) in enumerate(prepared.items()):
                 place = Path(scratch, f"candidate-{i}")
@@ -132,7 +133,7 @@ def run_sweep(
             for file in best.place.iterdir():
                 file.rename(directory / file.name)
         facts = {"sweep": [{"scale": s, "score": score} for s, score in zip(chosen, scores, strict=True)]}
-        report = finish(prepared[best.scale], device, directory, best.results, started, warned, facts)
+        report = finish(prepared[best.scale], device, directory, best.results, started, warned, peak(), facts)
     return SweepReport(chosen, tuple(scores), best.scale, report)
 
 

@@ -20,15 +20,16 @@ from rich.progress import (
 )
 
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config, load_yaml, read_config
-from dcmerge_ext.checkpoints.estimate import estimate
+from dcmerge_ext.checkpoints.estimate import Estimate, estimate
 from dcmerge_ext.checkpoints.execute import work_bytes
+from dcmerge_ext.checkpoints.memory import anonymous_bytes
 from dcmerge_ext.checkpoints.run import Prepared, prepare, run
 from dcmerge_ext.cli.display import make_console, make_table
 from dcmerge_ext.errors import OptionError
 
 _FIELDS = (
     "base", "out", "method", "scale", "device", "dtype", "save_as", "adapter_rank", "shard_size", "vocab", "extra",
-    "lora_scale", "overwrite",
+    "max_memory", "lora_scale", "overwrite",
 )  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def run_merge(args: argparse.Namespace) -> int:
     prepared = prepare(config_of(args))
     for note in prepared.plan.notes:
         make_console(stderr=True, quiet=args.quiet).print(f"note: {note}")
+    predicted = _estimate(prepared) if args.verbose else None
+    before = anonymous_bytes()
     progress = Progress(
         TextColumn("merging"),
         BarColumn(),
@@ -56,6 +59,11 @@ def run_merge(args: argparse.Namespace) -> int:
         f"{report.out}: {_summary(prepared)} in {report.seconds:.1f} s "
         f"({counts['merge']} tensors merged, {counts['mean']} averaged, {counts['copy']} copied)"
     )
+    if predicted is not None:
+        make_console().print(
+            f"predicted {_duration(predicted.seconds)}, took {_duration(report.seconds)}; memory above what the process held "
+            f"before: predicted {_size(predicted.peak_bytes)}, took {_size(report.peak_bytes - before)}"
+        )
     return 0
 
 
@@ -75,14 +83,22 @@ def run_plan(args: argparse.Namespace) -> int:
         why = sorted({t.reason for t in chosen if t.reason})
         table.add_row(action, str(len(chosen)), _size(sum(t.base.nbytes for t in chosen)), "; ".join(why))
     console.print(table)
-    cost = estimate(plan, prepared.output_bytes)
+    cost = _estimate(prepared)
+    stages = make_table("stage", "bytes", "about")
+    stages.add_row("read", _size(cost.read_bytes), _duration(cost.read_seconds))
+    stages.add_row("compute", "", _duration(cost.compute_seconds))
+    stages.add_row("write", _size(cost.written_bytes), _duration(cost.write_seconds))
+    console.print(stages)
     console.print(
-        f"reads {_size(cost.read_bytes)}, writes {_size(cost.written_bytes)}; "
         f"about {_duration(cost.seconds)}, peak memory about {_size(cost.peak_bytes)} above bare torch (estimates)"
     )
     for note in plan.notes:
         console.print(f"note: {note}")
     return 0
+
+
+def _estimate(prepared: Prepared) -> Estimate:
+    return estimate(prepared.plan, prepared.output_bytes, Path(prepared.config.out).expanduser())
 
 
 def config_of(args: argparse.Namespace) -> MergeConfig:

@@ -96,5 +96,10 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--adapter-rank", type=int, metavar="R", help="truncate the merged adapter to rank R")
     output.add_argument("--dtype", choices=["keep", "float32", "bfloat16", "float16"], help="of floating tensors")
     output.add_argument("--shard-size", metavar="SIZE", help="largest output file, default 5GB")
+    output.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="bound on the memory of the process, such as 8GB (mapped input files not counted)",
+    )
     output.add_argument("--overwrite", action="store_true", default=None, help="replace the output of an earlier merge")
     output.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to compute, default auto")

@@ -24,7 +24,7 @@ from dcmerge_ext.updates import Updates
 
 logger = logging.getLogger(__name__)
 
-_SIDE_BY_SIDE = range(256, 2049)
+SIDES_TOGETHER = range(256, 2049)
 """Orders of the cover whose two sides are worked on side by side. Below, handing over costs more (2 ms); above, one side
 keeps all cores busy and two would take twice the memory."""
 _WORST_PIVOT = 1e-4
@@ -126,7 +126,7 @@ def cover_of(
         Q, H, values = polar_decided(bases[i], tol, wide, live=live, round_off=round_off)
         return Side(Q, None, H, values)
 
-    u, v = side_by_side(side, range(2), at_most=2 if order in _SIDE_BY_SIDE else 1)
+    u, v = side_by_side(side, range(2), at_most=2 if order in SIDES_TOGETHER else 1)
     return Cover(u, v, spectra)
 
 

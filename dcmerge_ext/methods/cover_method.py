@@ -12,8 +12,15 @@ from torch import Tensor
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.base import Context, Method
-from dcmerge_ext.methods.cover import Cover, basis_facts, cover_of_updates, live_components, warn_of_ties
-from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
+from dcmerge_ext.methods.cover import (
+    SIDES_TOGETHER,
+    Cover,
+    basis_facts,
+    cover_of_updates,
+    live_components,
+    warn_of_ties,
+)
+from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks, concurrent_updates
 from dcmerge_ext.methods.sums import mean_instead, zero_update
 from dcmerge_ext.methods.tall import Panels, is_tall, tall_cover
 from dcmerge_ext.svd import cost, summarize
@@ -132,11 +139,15 @@ class CoverMethod(Method, frozen=True):
 
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         ranks = self.ranks(specs, num_tasks)
-        return 0.0 if ranks is None else cover_flops(specs, ranks)
+        if ranks is None:
+            return 0.0
+        return tall_flops(specs, ranks) if self.in_panels(specs, num_tasks) else cover_flops(specs, ranks)
 
     def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
         ranks = self.ranks(specs, num_tasks)
-        return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
+        if ranks is None:
+            return super().workspace(specs, num_tasks)
+        return tall_workspace(specs, ranks) if self.in_panels(specs, num_tasks) else cover_workspace(specs, ranks)
 
 
 def _not_at_hand(task: int) -> Update:
@@ -156,12 +167,28 @@ def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:
 
 
 def cover_workspace(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> int:
-    """Largest number of elements alive at once, of truncated SVDs two at a time and both sides of the cover."""
+    """Largest number of float32 elements alive at once: in the truncated SVDs, in the polar factors, or after them."""
     *leading, m, n = specs[0].shape
-    batch, k, q = math.prod(leading), sum(ranks), min(m, n)
+    batch, k = math.prod(leading), sum(ranks)
     if all(spec.rank is not None for spec in specs):
         return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
-    plan = cost.plan(m, n, max(rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None))
-    one = plan.dimension * (m + n) + 4 * plan.dimension**2 if plan.route == "krylov" else 3 * m * n + 6 * q * q
-    whitening = 3 * (m + n) * k + 6 * k * k
-    return batch * (max(2 * (m * n + one) + (m + n) * k, whitening) + m * n)
+    dense = [rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None]
+    decompositions = concurrent_updates(m * n, len(dense)) * (m * n + cost.workspace(m, n, max(dense)))
+    sides = [2 * side * k + 9 * k * k // 2 for side in (m, n)]
+    polar = sum(sides) if k in SIDES_TOGETHER else max(sides) + max(m, n) * k + k * k
+    after = (m + n) * k + 6 * k * k
+    return batch * max((m + n) * k + max(decompositions, polar), after + m * n, 3 * m * n)
+
+
+def tall_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:
+    """As :func:`cover_flops`, of a matrix seen by panels; float64 products count 1.75 times."""
+    m, n = specs[0].shape[-2:]
+    tasks, k = sum(rank > 0 for rank in ranks), sum(ranks)
+    products = 1.75 * (2 * tasks * n * n + 4 * n * k + 2 * k * k) + 2 * k * n
+    return float(products * m + 26 * (tasks * n**3 + k**3) + 36 * k**3)
+
+
+def tall_workspace(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> int:
+    """As :func:`cover_workspace`, of a matrix seen by panels: an eigenproblem in float64 beside the vectors of all tasks."""
+    n, k = specs[0].shape[-1], sum(ranks)
+    return 12 * max(n, k) ** 2 + 4 * n * k

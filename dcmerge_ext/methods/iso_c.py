@@ -95,7 +95,7 @@ class IsoC(Method, frozen=True):
         if all(spec.rank is not None for spec in specs):
             k = sum(spec.rank or 0 for spec in specs)
             return batch * (8 * (m + n) * k + 12 * k * k)  # factors, bases and result in float64
-        return batch * (4 * m * n + 4 * q * q)
+        return batch * (6 * m * n + 6 * q * q)  # the sum, its SVD or QR and SVD, weak directions in float64
 
 
 iso_c = register(IsoC)

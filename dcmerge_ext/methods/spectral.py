@@ -22,6 +22,11 @@ _SIDE_BY_SIDE_BYTES = 64 << 20
 """Updates decomposed at the same time hold at most this much; larger ones follow in turn, on all threads."""
 
 
+def concurrent_updates(elements: int, count: int) -> int:
+    """How many of ``count`` dense float32 updates of that many elements are decomposed at the same time."""
+    return max(1, min(count, torch.get_num_threads(), _SIDE_BY_SIDE_BYTES // max(4 * elements, 1)))
+
+
 def component_ranks(
     specs: Sequence[UpdateSpec], num_tasks: int, rank: int | tuple[int, ...] | None
 ) -> list[int] | None:
