@@ -174,7 +174,7 @@ def cover_workspace(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> int:
         return batch * (8 * (m + n) * k + 12 * k * k)  # factors, basis and result in float64
     dense = [rank for spec, rank in zip(specs, ranks, strict=True) if spec.rank is None]
     decompositions = concurrent_updates(m * n, len(dense)) * (m * n + cost.workspace(m, n, max(dense)))
-    sides = [2 * side * k + 9 * k * k // 2 for side in (m, n)]
+    sides = [3 * side * k + 5 * k * k for side in (m, n)]
     polar = sum(sides) if k in SIDES_TOGETHER else max(sides) + max(m, n) * k + k * k
     after = (m + n) * k + 6 * k * k
     return batch * max((m + n) * k + max(decompositions, polar), after + m * n, 3 * m * n)
