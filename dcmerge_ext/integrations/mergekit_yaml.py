@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+import msgspec
 import yaml
 from mergekit import merge_methods
 from mergekit.scripts import run_yaml
 
+from dcmerge_ext.checkpoints.config import load_yaml
 from dcmerge_ext.errors import DcmergeError, OptionError
 from dcmerge_ext.integrations.mergekit import PREFIX, TWINS, register_all, why_not
-from dcmerge_ext.methods.registry import list_methods, nearest
+from dcmerge_ext.methods.registry import create, list_methods, nearest
 
 
 def command() -> click.Command:
@@ -45,19 +47,27 @@ def _check(config: Any) -> None:
         why = f": {own} {why_not(own)}" if own in list_methods() else nearest(name, list(specs))
         raise OptionError(f"merge_method {name!r} does not exist{why}")
     known = [p.name for p in specs[name].parameters]
-    if name.removeprefix(PREFIX) in TWINS:
+    own = name.removeprefix(PREFIX)
+    if own in TWINS:
         return
-    for given in _parameters(config):
-        if given not in known:
-            raise OptionError(f"{name} has no parameter {given!r}{nearest(given, known)} (it has {', '.join(known)})")
+    options = {f.name for f in msgspec.structs.fields(list_methods()[own])}
+    for parameters in _parameters(config):
+        for given in map(str, parameters):
+            if given not in known:
+                raise OptionError(
+                    f"{name} has no parameter {given!r}{nearest(given, known)} (it has {', '.join(known)})"
+                )
+        # lists are gradients over the layers, or filters by name: mergekit resolves them later
+        plain = {k: v for k, v in parameters.items() if k in options and not isinstance(v, (list, dict))}
+        create(own, {k: load_yaml(v) if isinstance(v, str) else v for k, v in plain.items()})
 
 
-def _parameters(config: Any) -> Iterator[str]:
-    """Names under every ``parameters`` of a configuration."""
+def _parameters(config: Any) -> Iterator[dict[str, Any]]:
+    """Every ``parameters`` of a configuration."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key == "parameters" and isinstance(value, dict):
-                yield from map(str, value)
+                yield value
             else:
                 yield from _parameters(value)
     elif isinstance(config, list):

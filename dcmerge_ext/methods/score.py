@@ -95,6 +95,11 @@ class Score(CoverMethod, frozen=True):
         core, ctx.facts["trimmed"] = _merged_core(updates, ranks, cover, live.sum(-1), deviations, self.center)
         return [core]
 
+    def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
+        *leading, m, n = specs[0].shape
+        k = sum(self.ranks(specs, num_tasks) or [])
+        return super().workspace(specs, num_tasks) + math.prod(leading) * ((m + n) * k + 4 * k * k)  # bases and cores
+
     def flops(self, specs: Sequence[UpdateSpec], num_tasks: int) -> float:
         ranks = self.ranks(specs, num_tasks)
         if ranks is None:

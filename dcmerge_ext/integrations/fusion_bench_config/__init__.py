@@ -1,0 +1,1 @@
+"""Hydra's configuration files; hydra.searchpath takes a package."""
