@@ -105,6 +105,7 @@ ties = register(Ties)
 
 def _elected_sign(stack: Tensor, thresholds: Tensor) -> Tensor:
     total = torch.zeros_like(stack[0])
-    for task, threshold in zip(stack, thresholds.to(stack.device), strict=True):  # in the order in which ops.elect adds
-        total += torch.where(task.abs() >= threshold, task, 0)
+    below = torch.nextafter(thresholds, -torch.ones_like(thresholds)).tolist()  # hardshrink keeps what is greater
+    for task, largest in zip(stack, below, strict=True):  # in the order in which ops.elect adds
+        total += torch.nn.functional.hardshrink(task, largest)
     return total.sign()
