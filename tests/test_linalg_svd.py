@@ -311,3 +311,8 @@ class TestAccelerate:
         finally:
             torch.use_deterministic_algorithms(False)
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_svd_of_something_else() -> None:
+    with pytest.raises(TypeError, match="svd: needs a tensor or a LowRank, got list"):
+        svd([[1.0]])  # type: ignore[arg-type]

@@ -62,7 +62,10 @@ def svd(
         U, S, Vh as ``torch.linalg.svd`` returns them, in float32 or float64 (always for a LowRank).
     Raises:
         torch.linalg.LinAlgError: NaN or Inf.   ValueError: rank or tol out of range, or options that exclude each other.
+        TypeError: A is neither.
     """
+    if not isinstance(A, (Tensor, LowRank)):
+        raise TypeError(f"svd: needs a tensor or a LowRank, got {type(A).__name__}")
     if rank is None and tol is not None:
         raise ValueError("svd: tol belongs to rank")
     apart = driver is not None or out is not None
