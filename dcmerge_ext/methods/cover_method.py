@@ -15,6 +15,7 @@ from dcmerge_ext.methods.base import Context, Method
 from dcmerge_ext.methods.cover import Cover, basis_facts, cover_of_updates, live_components
 from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks
 from dcmerge_ext.methods.sums import mean_instead, zero_update
+from dcmerge_ext.stages import stage
 from dcmerge_ext.svd import cost
 from dcmerge_ext.updates import Updates, UpdateSpec
 
@@ -85,8 +86,9 @@ class CoverMethod(Method, frozen=True):
             cover_u=basis_facts(cover.u.values, live),
             cover_v=basis_facts(cover.v.values, live),
         )
-        left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
-        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+        with stage("back-project", _back_flops(cover, blocks, dense=not updates.all_lowrank)):
+            left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
+            return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
 
     def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
         """The cover of the updates' components; ``settings`` as :func:`~dcmerge_ext.methods.cover.cover_of_updates`."""
@@ -117,6 +119,16 @@ class CoverMethod(Method, frozen=True):
     def workspace(self, specs: Sequence[UpdateSpec], num_tasks: int) -> int:
         ranks = self.ranks(specs, num_tasks)
         return super().workspace(specs, num_tasks) if ranks is None else cover_workspace(specs, ranks)
+
+
+def _back_flops(cover: Cover, blocks: Sequence[Tensor], *, dense: bool) -> float:
+    """Of :meth:`Cover.times_blocks <Side.times_blocks>`, of the other basis where it is a product, and of both."""
+    *leading, m, height = cover.u.factor.shape
+    n, k = cover.v.factor.shape[-2], sum(block.shape[-1] for block in blocks)
+    squares = sum(block.shape[-1] ** 2 for block in blocks)
+    mixing = 0.0 if cover.u.mix is None else 2.0 * (m + n) * height * k
+    left = 2.0 * (m if cover.u.mix is None else height) * squares
+    return math.prod(leading) * (left + mixing + (2.0 * m * n * k if dense else 0.0))
 
 
 def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:
