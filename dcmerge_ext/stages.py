@@ -116,10 +116,10 @@ class _Range:
     def __enter__(self) -> None:
         if torch_profiler._is_profiler_enabled:
             self._record = torch_profiler.record_function(self._name)
-            self._record.__enter__()
-        self._nvtx = torch.cuda.is_initialized()
+            self._record.__enter__()  # type: ignore[no-untyped-call]
+        self._nvtx = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if self._nvtx:
-            torch.cuda.nvtx.range_push(self._name)
+            torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
         if self._collector is not None:
             self._collector.enter(self._name)
         self._started = time.perf_counter_ns()
@@ -130,7 +130,7 @@ class _Range:
         if self._collector is not None:
             self._collector.leave(self._name, self._started, self._work)
         if self._nvtx:
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         if self._record is not None:
             self._record.__exit__(kind, error, trace)
 
