@@ -81,14 +81,14 @@ def _show(found: Profile, *, all_tensors: bool) -> None:
         f"this machine: matrix product {rates.product / 1e9:.3g} Gflop/s (float32), copy {rates.copy / 1e9:.3g} GB/s, "
         f"cached file read {rates.read / 1e9:.3g} GB/s, written {rates.write / 1e9:.3g} GB/s (one thread)"
     )
-    table = make_table("stage", "calls", "thread s", "machine s", "of wall", "Gflop", "MB", "of machine's rate")
+    table = make_table("stage", "calls", "machine s", "of wall", "Gflop", "MB", "of its rate")
     for cost in found.stages:
         table.add_row(
-            cost.stage, str(cost.calls), f"{cost.seconds:.3f}", f"{cost.machine_seconds:.3f}",
+            cost.stage, str(cost.calls), f"{cost.machine_seconds:.3f}",
             f"{cost.machine_seconds / found.seconds:.0%}", f"{cost.flops / 1e9:.3g}" if cost.flops else "-",
             f"{cost.bytes / 1e6:.3g}" if cost.bytes else "-", _achieved(cost),
         )  # fmt: skip
-    table.add_row("idle", "", "", f"{found.idle:.3f}", f"{found.idle / found.seconds:.0%}", "", "", "")
+    table.add_row("idle", "", f"{found.idle:.3f}", f"{found.idle / found.seconds:.0%}", "", "", "")
     console.print(table)
     layers = make_table("tensor", "shape", "action", "machine s", "longest stages")
     for tensor in found.tensors if all_tensors else found.tensors[:_TENSORS]:

@@ -1,4 +1,4 @@
-"""What this machine does at best, in half a second: what a stage's time is held against."""
+"""What this machine does at best, in a second: what a stage's time is held against."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class Rates(msgspec.Struct, frozen=True):
     """Bytes per second of one thread from a file that was just written: from the page cache, not from the disk."""
     write: float
     """Bytes per second of one thread into a file: into the page cache where there is room."""
+
+    def best(self, other: Rates) -> Rates:
+        """The higher one of each."""
+        return Rates(*map(max, msgspec.structs.astuple(self), msgspec.structs.astuple(other)))
 
 
 def measure_rates(device: torch.device, directory: Path) -> Rates:

@@ -14,7 +14,7 @@ import torch
 from dcmerge_ext.checkpoints.config import MergeConfig
 from dcmerge_ext.checkpoints.run import Prepared, compute_device, prepare, run
 from dcmerge_ext.errors import InputError, RunError
-from dcmerge_ext.profiling.rates import measure_rates
+from dcmerge_ext.profiling.rates import Rates, measure_rates
 from dcmerge_ext.profiling.result import SCHEMA, Profile, stage_costs, tensor_costs
 from dcmerge_ext.stages import OTHER, Event, collect, stage
 from dcmerge_ext.version import __version__
@@ -38,16 +38,17 @@ def profile(config: MergeConfig, prepared: Callable[[Prepared], Callable[[int], 
     device, threads = compute_device(config.device), torch.get_num_threads()
     with _scratch(Path(config.out).expanduser()) as name:
         scratch = Path(name)
-        started = time.perf_counter()
-        with collect(device) as collector, stage(OTHER):
+        with collect(device) as collector:
+            started = time.perf_counter()
             with stage("plan"):
                 ready = prepare(msgspec.structs.replace(config, out=str(scratch / "merged"), overwrite=False))
-            run(ready, *([prepared(ready)] if prepared else []))
-        seconds = time.perf_counter() - started
-        try:
-            rates = measure_rates(device, scratch)
-        except OSError as error:
-            raise RunError(f"{scratch}: cannot be written ({error.strerror or error}); free space") from error
+            planned = time.perf_counter() - started
+            rates = _rates(device, scratch)
+            started = time.perf_counter()
+            with stage(OTHER):
+                run(ready, *([prepared(ready)] if prepared else []))
+            seconds = planned + time.perf_counter() - started
+        rates = rates.best(_rates(device, scratch))  # other processes may have slowed the first measurement
     stages = stage_costs(collector.events, threads, rates)
     tensors = tensor_costs(collector.events, threads, ready.plan.tensors)
     idle = seconds - sum(cost.machine_seconds for cost in stages)
@@ -76,4 +77,13 @@ def _scratch(out: Path) -> TemporaryDirectory[str]:
     except OSError as error:
         raise InputError(
             f"{parent}: no scratch directory can be made there ({error.strerror or error}); choose another place with --out"
+        ) from error
+
+
+def _rates(device: torch.device, scratch: Path) -> Rates:
+    try:
+        return measure_rates(device, scratch)
+    except OSError as error:
+        raise RunError(
+            f"{scratch}: writing failed ({error.strerror or error}); free space or choose another place"
         ) from error
