@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor
 
 from dcmerge_ext.backends import for_device
+from dcmerge_ext.stages import stage
 from dcmerge_ext.tracing import traceable
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64)
@@ -44,7 +45,8 @@ def kth_magnitude(x: Tensor, counts: int | Tensor) -> Tensor:
     if isinstance(counts, int):  # made on the device: a copy to it would wait
         wanted = torch.full((), counts, dtype=torch.int64, device=x.device)
     wanted = wanted.to(x.device).expand(leading).reshape(-1).contiguous()
-    thresholds: Tensor = for_device(x.device).kth_magnitude(rows, wanted)
+    with stage("trim", nbytes=rows.nbytes):
+        thresholds: Tensor = for_device(x.device).kth_magnitude(rows, wanted)
     return thresholds.reshape(leading).to(x.dtype)
 
 
@@ -72,7 +74,8 @@ def magnitude_histogram(x: Tensor, out: Tensor, *, shift: int, width: int, prefi
         raise ValueError(f"magnitude_histogram: out must be a contiguous int64 tensor of {1 << width} counts")
     if not out.is_cpu and out.device != x.device:
         raise ValueError(f"magnitude_histogram: out must lie on the CPU or on {x.device}, got {out.device}")
-    for_device(x.device).magnitude_histogram(x.contiguous(), out, shift, width, prefix)
+    with stage("trim", nbytes=x.nbytes):
+        for_device(x.device).magnitude_histogram(x.contiguous(), out, shift, width, prefix)
 
 
 @traceable
@@ -117,7 +120,8 @@ def elect(
         if thresholds.shape != (*leading, tasks):
             raise ValueError(f"elect: thresholds must be {(*leading, tasks)}, got {tuple(thresholds.shape)}")
         limits = thresholds.to(batched).reshape(-1, tasks).contiguous()
-    merged: Tensor = for_device(stack.device).elect(batched, limits, blocks, zero_sum, reduce == "mean")
+    with stage("elect", nbytes=batched.nbytes * (1 + 1 / tasks)):
+        merged: Tensor = for_device(stack.device).elect(batched, limits, blocks, zero_sum, reduce == "mean")
     return merged.reshape(*leading, rows, cols).to(stack.dtype)
 
 
@@ -157,7 +161,8 @@ def project(
     batch = math.prod(leading)
     u, v = (x.detach().reshape(batch, k, k).contiguous() for x in (left, right))
     values, wanted = s.detach().reshape(batch, k).contiguous(), counts.to(s.device).reshape(batch, tasks).contiguous()
-    found = for_device(left.device).project(u, v, values, ranks, wanted, sizes)
+    with stage("project", 2.0 * batch * k**3):
+        found = for_device(left.device).project(u, v, values, ranks, wanted, sizes)
     blocks, thresholds, largest = (x.reshape(*leading, *x.shape[1:]) for x in found)
     return blocks, thresholds, largest
 

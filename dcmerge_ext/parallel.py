@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from dcmerge_ext.stages import WAIT, innermost, stage
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -46,20 +48,21 @@ def side_by_side(
     share = max(1, threads // max(workers, 1)) if each is None else each
     if getattr(_here, "is_worker", False) or (workers <= 1 and share == threads):
         return [work(item) for item in items]
-    grad = torch.is_grad_enabled()
+    grad, within = torch.is_grad_enabled(), innermost()
 
     def run(item: _Item) -> _Result:
         _here.is_worker = True
         if torch.get_num_threads() != share:  # setting it costs more than asking
             torch.set_num_threads(share)
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), stage(within):
             return work(item)
 
     if workers not in _pools:
         _pools[workers] = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="dcmerge")
     futures = [_pools[workers].submit(copy_context().run, run, item) for item in items]
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)
+        with stage(WAIT):
+            wait(futures, return_when=FIRST_EXCEPTION)
     finally:
         for future in futures:
             future.cancel()

@@ -23,6 +23,7 @@ from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.base import Context, Method, SurveyState
 from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.stages import Work, by_tensor, stage, staged
 from dcmerge_ext.updates import Updates, compute_dtype, count_nonfinite
 
 _T = TypeVar("_T")
@@ -70,9 +71,10 @@ class Executor:
             with self._budget.hold(peak_bytes(self.plan, tensor)):
                 return work(tensor)
 
+        timed = by_tensor(held)
         small = [t for t in tensors if is_side_by_side(self.plan, t)]
-        results = {r.name: r for r in self._side_by_side(small, held)}
-        results.update((t.name, held(t)) for t in tensors if t.name not in results)
+        results = {r.name: r for r in self._side_by_side(small, timed)}
+        results.update((t.name, timed(t)) for t in tensors if t.name not in results)
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
@@ -96,7 +98,7 @@ class Executor:
             if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
                 _digest(digests[0], base)
             updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
-            with _named(tensor):
+            with _named(tensor), stage("merge"):
                 merged = merge_panel(updates)
             _accumulate(result.facts, "update_norms", norms)
             _accumulate(result.facts, "merged_norm", [_norm(merged)])
@@ -135,11 +137,12 @@ class Executor:
             self._advance(base.nbytes)
         return TensorResult(tensor.name, tensor.action, digests=[digest.digest()])
 
+    @staged("add to base")
     def _stored(self, base: Tensor, merged: Update, tensor: TensorPlan, facts: dict[str, Any]) -> Tensor:
         """base + scale * merged in the compute dtype, cast once; the base's own bits where nothing changes."""
         if _is_zero(merged):
             return self._cast(base, base, tensor)
-        dense = merged.dense() if isinstance(merged, LowRank) else merged
+        dense = _dense(merged) if isinstance(merged, LowRank) else merged
         exact = dense.reshape(base.shape).mul_(tensor.scale).to(base.device)
         halved = tensor.out_dtype.itemsize < exact.dtype.itemsize
         change = _norm(exact) if halved else 0.0
@@ -184,7 +187,7 @@ class Executor:
                 finally:
                     shares.put(share)
 
-            self._side_by_side(tensors, see)
+            self._side_by_side(tensors, by_tensor(see, "survey"))
             while not shares.empty():
                 state.join(shares.get())
 
@@ -273,6 +276,12 @@ def _refuse_nonfinite(task: Task, name: str, plan: Plan, rows: slice | None, upd
     raise InputError(f"{task.where(name)}: the update of tensor {name!r} overflows {update.dtype}")
 
 
+@staged("back-project", lambda merged: Work(2.0 * merged.rank * math.prod(merged.shape)))
+def _dense(merged: LowRank) -> Tensor:
+    return merged.dense()
+
+
+@staged("norms")
 def _norm(update: Update) -> float:
     """Frobenius norm; not finite exactly if some value is not (or the sum of squares overflows double)."""
     if isinstance(update, LowRank):
@@ -304,5 +313,6 @@ def _accumulate(facts: dict[str, Any], name: str, norms: list[float]) -> None:
     facts[name] = [math.hypot(a, b) for a, b in zip(before, norms, strict=True)]
 
 
+@staged("digest", lambda digest, tensor: Work(bytes=tensor.nbytes))
 def _digest(digest: xxhash.xxh3_128, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

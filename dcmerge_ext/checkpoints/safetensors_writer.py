@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dcmerge_ext.checkpoints.files import SAFETENSORS_DTYPES
 from dcmerge_ext.checkpoints.source import TensorSpec
+from dcmerge_ext.stages import Work, staged
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -52,6 +53,7 @@ class SafetensorsWriter:
             os.close(self._file)
             raise
 
+    @staged("write", lambda self, name, rows, values: Work(bytes=values.numel() * self._specs[name].dtype.itemsize))
     def write(self, name: str, rows: slice | None, values: Tensor) -> None:
         """Write a tensor, or the rows ``rows`` of it."""
         spec = self._specs[name]

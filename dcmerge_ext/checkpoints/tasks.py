@@ -14,6 +14,7 @@ from dcmerge_ext.checkpoints.source import TensorSource
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
+from dcmerge_ext.stages import Work, staged
 from dcmerge_ext.updates import UpdateSpec, compute_dtype
 
 
@@ -49,6 +50,10 @@ class Task(Protocol):
         ...
 
 
+def _stored(task: Task, name: str, base: Tensor | None, rows: slice | None) -> Work:
+    return Work(bytes=sum(raw.nbytes for raw in task.raw(name, rows)))
+
+
 class FullTask:
     """A full fine-tune: Delta = W - W_0."""
 
@@ -76,6 +81,7 @@ class FullTask:
             spec.shape, None, compute_dtype(torch.promote_types(spec.dtype, self._base.specs[name].dtype))
         )
 
+    @staged("read", _stored)
     def update(self, name: str, base: Tensor | None, rows: slice | None) -> Update:
         assert base is not None
         dtype = self.spec(name).dtype
@@ -165,6 +171,7 @@ class AdapterTask:
         """The adapter's name for a tensor of the base."""
         return self._rename.inverse(name)
 
+    @staged("read", _stored)
     def update(self, name: str, base: Tensor | None, rows: slice | None) -> Update:
         if name in self._values:
             assert base is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dcmerge_ext.cli import calibrate, commands, compare, merge, sweep
+from dcmerge_ext.cli import calibrate, commands, compare, merge, profile, sweep
 from dcmerge_ext.version import __version__
 
 
@@ -27,6 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan = subcommands.add_parser("plan", parents=[common], help="check a merge from headers; estimate time and memory")
     _merge_arguments(plan)
     plan.set_defaults(run=merge.run_plan)
+
+    profiling = subcommands.add_parser(
+        "profile", parents=[common], help="where the time of a merge goes, by stage and tensor; the output is deleted"
+    )
+    _merge_arguments(profiling)
+    profile.add_arguments(profiling)
+    profiling.set_defaults(run=profile.run)
 
     sweeping = subcommands.add_parser(
         "sweep", parents=[common], help="merge once, evaluate a grid of scales with your function, keep the best"

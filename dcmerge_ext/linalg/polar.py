@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dcmerge_ext import flops
 from dcmerge_ext.backends import prefers_products
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.linalg.routes import by_eigenvectors, by_iteration, by_svd
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.precision import without_autocast
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
+from dcmerge_ext.stages import Work, staged
 from dcmerge_ext.tracing import traceable
 
 
@@ -68,7 +71,17 @@ def polar_with_values(
     if X.numel() == 0:
         return X.clone(), X.new_zeros(*leading, n, n), X.new_zeros(*leading, min(m, n))
     tolerance = default_tolerance(m, n, X.dtype) if tol is None else tol
-    round_off = max(round_off or 0.0, float(torch.finfo(X.dtype).eps))
+    return _polar(X, tolerance, max(round_off or 0.0, float(torch.finfo(X.dtype).eps)))
+
+
+def _work(X: Tensor, *_: object) -> Work:
+    *leading, m, k = X.shape
+    return Work(math.prod(leading) * flops.polar(m, k))
+
+
+@staged("whiten", _work)
+def _polar(X: Tensor, tolerance: float, round_off: float) -> tuple[Tensor, Tensor, Tensor]:
+    *leading, m, n = X.shape
     if not leading:
         return _one(X, tolerance, round_off)
     matrices = X.reshape(-1, m, n).unbind()

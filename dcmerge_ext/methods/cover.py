@@ -7,6 +7,7 @@ coordinates U~' U_i = H[:, I_i] with H = (U'U)^(1/2).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dcmerge_ext.lowrank import LowRank, Update, times
 from dcmerge_ext.methods.spectral import components_of
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.products import gram_float64, wide_product
+from dcmerge_ext.stages import Work, staged
 from dcmerge_ext.svd import Accuracy, Components, Evidence, summarize
 from dcmerge_ext.svd.dense import eigh
 from dcmerge_ext.updates import Updates
@@ -145,6 +147,14 @@ def _wide_basis(spectra: Sequence[Tensor], opposite: Tensor, source: Callable[[i
     return torch.cat(parts, dim=-1)
 
 
+def _work(updates: Updates, ranks: Sequence[int]) -> Work:
+    """Gram matrices of both stacks of factors, and a k x k eigenproblem."""
+    *leading, m, n = updates.shape
+    k = sum(ranks)
+    return Work(math.prod(leading) * ((m + n) * k**2 + 32 / 3 * k**3))
+
+
+@staged("whiten", _work)
 def factored_cover(updates: Updates, ranks: Sequence[int]) -> Cover | None:
     """The cover of float32 LowRank updates of one rank, from the Gram matrices of their factors alone, in float64.
 

@@ -23,6 +23,7 @@ from dcmerge_ext.methods.cover import (
 from dcmerge_ext.methods.spectral import Rank, check_ranks, component_ranks, concurrent_updates
 from dcmerge_ext.methods.sums import mean_instead, zero_update
 from dcmerge_ext.methods.tall import Panels, is_tall, tall_cover
+from dcmerge_ext.stages import stage
 from dcmerge_ext.svd import cost, summarize
 from dcmerge_ext.updates import Updates, UpdateSpec
 
@@ -86,8 +87,11 @@ class CoverMethod(Method, frozen=True):
             return mean_instead(self.name, updates, ctx)
         if sum(ranks) == 0 or 0 in updates.shape:
             return zero_update(updates)
-        left, right = self._factors(self.cover_of(updates, ranks, ctx), updates, ranks, ctx)
-        return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
+        cover = self.cover_of(updates, ranks, ctx)
+        blocks = self._core(cover, updates, ranks, ctx)
+        with stage("back-project", _back_flops(cover, blocks, dense=not updates.all_lowrank)):
+            left, right = cover.u.times_blocks(blocks), cover.v.basis().mT
+            return LowRank(left, right).to(updates.dtype) if updates.all_lowrank else left @ right
 
     def in_panels(self, specs: Sequence[UpdateSpec], num_tasks: int) -> bool:
         return self.core_from_cover and is_tall(specs) and bool(sum(self.ranks(specs, num_tasks) or []))
@@ -98,13 +102,20 @@ class CoverMethod(Method, frozen=True):
         tall = tall_cover(panels, specs, ranks, self.basis_tol)
         ctx.facts["svd"] = summarize(tall.evidence)
         warn_of_ties(ctx.facts["svd"], ctx.key or self.name)
-        left, right = self._factors(tall.cover, Updates(specs, _not_at_hand), ranks, ctx)
-        through = left @ right
+        blocks = self._core(tall.cover, Updates(specs, _not_at_hand), ranks, ctx)
+        with stage("back-project", _back_flops(tall.cover, blocks, dense=True)):
+            through = tall.cover.u.times_blocks(blocks) @ tall.cover.v.basis().mT
         tasks = [i for i, rank in enumerate(ranks) if rank]
-        return lambda panel: tall.rows_of(panel, tasks).float() @ through
 
-    def _factors(self, cover: Cover, updates: Updates, ranks: Sequence[int], ctx: Context) -> tuple[Tensor, Tensor]:
-        """The merged update as two factors, (..., m, k) and (..., k, n)."""
+        def merge_rows(panel: Updates) -> Update:
+            rows, n = panel.shape
+            with stage("back-project", 2.0 * rows * n * 2 * len(through)):
+                return tall.rows_of(panel, tasks).float() @ through
+
+        return merge_rows
+
+    def _core(self, cover: Cover, updates: Updates, ranks: Sequence[int], ctx: Context) -> list[Tensor]:
+        """Diagonal blocks of the merged core, and the facts about the cover."""
         live = live_components(cover.spectra)
         blocks = self.blocks(cover, live, updates, ranks, ctx)
         ctx.facts.update(
@@ -113,7 +124,7 @@ class CoverMethod(Method, frozen=True):
             cover_u=basis_facts(cover.u.values, live),
             cover_v=basis_facts(cover.v.values, live),
         )
-        return cover.u.times_blocks(blocks), cover.v.basis().mT
+        return blocks
 
     def cover_of(self, updates: Updates, ranks: Sequence[int], ctx: Context, **settings: Any) -> Cover:
         """The cover of the updates' components; ``settings`` as :func:`~dcmerge_ext.methods.cover.cover_of_updates`."""
@@ -152,6 +163,16 @@ class CoverMethod(Method, frozen=True):
 
 def _not_at_hand(task: int) -> Update:
     raise TypeError(f"update {task} is seen by panels only")
+
+
+def _back_flops(cover: Cover, blocks: Sequence[Tensor], *, dense: bool) -> float:
+    """Of :meth:`Cover.times_blocks <Side.times_blocks>`, of the other basis where it is a product, and of both."""
+    *leading, m, height = cover.u.factor.shape
+    n, k = cover.v.factor.shape[-2], sum(block.shape[-1] for block in blocks)
+    squares = sum(block.shape[-1] ** 2 for block in blocks)
+    mixing = 0.0 if cover.u.mix is None else 2.0 * (m + n) * height * k
+    left = 2.0 * (m if cover.u.mix is None else height) * squares
+    return math.prod(leading) * (left + mixing + (2.0 * m * n * k if dense else 0.0))
 
 
 def cover_flops(specs: Sequence[UpdateSpec], ranks: Sequence[int]) -> float:

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dcmerge_ext import flops
 from dcmerge_ext.linalg.polar import default_tolerance, polar_with_values
 from dcmerge_ext.lowrank import LowRank
 from dcmerge_ext.methods.cover import Cover, Side
 from dcmerge_ext.products import gram_float64
+from dcmerge_ext.stages import stage
 from dcmerge_ext.svd import Evidence
 from dcmerge_ext.svd.components import is_tie, null_tolerance
 from dcmerge_ext.svd.dense import eigh
@@ -62,7 +64,8 @@ def tall_cover(panels: Panels, specs: Sequence[UpdateSpec], ranks: Sequence[int]
     tasks = [i for i, rank in enumerate(ranks) if rank]
     vectors, spectra, evidence = [], [], []
     for i in tasks:
-        V, S, found = _right_components((_dense(panel, i) for panel in panels()), m, n, ranks[i])
+        with stage("truncated SVD", flops.svd(m, n, ranks[i])):
+            V, S, found = _right_components((_dense(panel, i) for panel in panels()), m, n, ranks[i])
         vectors.append(V)
         spectra.append(S)
         evidence.append(found)
@@ -70,11 +73,12 @@ def tall_cover(panels: Panels, specs: Sequence[UpdateSpec], ranks: Sequence[int]
     v = Side(*_polar(vectors, torch.finfo(torch.float32).eps if tol is None else tol))
     partial = TallCover(Cover(v, v, []), frames, evidence)
     k = sum(ranks)
-    total = frames[0].new_zeros(k, k)
-    for panel in panels():
-        rows = partial.rows_of(panel, tasks)
-        total.addmm_(rows.mT, rows)
-    u = Side(*_inverse_root(total, default_tolerance(m, k, torch.float32) if tol is None else tol))
+    with stage("whiten", flops.polar(m, k)):
+        total = frames[0].new_zeros(k, k)
+        for panel in panels():
+            rows = partial.rows_of(panel, tasks)
+            total.addmm_(rows.mT, rows)
+        u = Side(*_inverse_root(total, default_tolerance(m, k, torch.float32) if tol is None else tol))
     return TallCover(Cover(u, v, [S.float() for S in spectra]), frames, evidence)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dcmerge_ext import flops
 from dcmerge_ext.backends import prefers_products
 from dcmerge_ext.errors import ConvergenceError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.parallel import side_by_side
 from dcmerge_ext.precision import without_autocast
 from dcmerge_ext.scaling import binary_exponent, scale_by_power
+from dcmerge_ext.stages import Work, staged
 from dcmerge_ext.svd import cost
 from dcmerge_ext.svd.components import Accuracy, Components, Evidence
 from dcmerge_ext.svd.dense import gram, lapack
@@ -59,6 +62,12 @@ def truncated_svd(
     return decompose(A, rank, accuracy=accuracy, tol=tol, start=Start(seed))[0]
 
 
+def _work(A: Update, rank: int, *_: object) -> Work:
+    *leading, m, n = A.shape
+    one = flops.lowrank_svd(m, n, A.rank) if isinstance(A, LowRank) else flops.svd(m, n, rank)
+    return Work(math.prod(leading) * one)
+
+
 @without_autocast
 def decompose(
     A: Update, rank: int, *, accuracy: Accuracy = "exact", tol: float | None = None, start: Start = _DEFAULT
@@ -70,13 +79,21 @@ def decompose(
         raise TypeError(f"truncated_svd: rank must be an int, got {rank!r}") from None
     if len(A.shape) < 2 or not A.dtype.is_floating_point:
         raise TypeError(f"truncated_svd: needs a floating (..., m, n), got {tuple(A.shape)} {A.dtype}")
-    *leading, m, n = A.shape
+    m, n = A.shape[-2:]
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"truncated_svd: rank must lie in 1 .. {min(m, n)} for a {m} x {n} matrix, got {rank}")
     if accuracy not in ("exact", "fast"):
         raise ValueError(f"truncated_svd: accuracy must be 'exact' or 'fast', got {accuracy!r}")
     if tol is not None and not tol > 0:
         raise ValueError(f"truncated_svd: tol must be positive, got {tol}")
+    return _decompose(A, rank, accuracy, tol, start)
+
+
+@staged("truncated SVD", _work)
+def _decompose(
+    A: Update, rank: int, accuracy: Accuracy, tol: float | None, start: Start
+) -> tuple[Components, list[Evidence]]:
+    *leading, m, n = A.shape
     if isinstance(A, LowRank):
         with _naming(f"a {m} x {n} matrix"):
             components, evidence = factored(A, rank)
