@@ -1040,7 +1040,7 @@ class TestOutput:
         partial.mkdir()
         (partial / MODEL).write_bytes(b"half")
         arguments = ("--base", base, "--task", good, "--out", out)
-        refused(capsys, tmp_path, *arguments, says=[partial, "--overwrite"])
+        refused(capsys, tmp_path, *arguments, says=[partial, "--overwrite", "--resume"])
         result = run(capsys, "merge", *arguments, "--overwrite")
         assert result.status == 0, result.err
         assert not partial.exists()
@@ -1062,14 +1062,13 @@ class TestOutput:
 
 
 class TestFailures:
-    """Right inputs, and a run that fails: status 3 (130 for an interrupt), nothing left."""
+    """Right inputs, and a run that fails before it has finished a tensor: status 3 (130 for an interrupt), nothing left."""
 
     @pytest.fixture
     def arguments(self, base: Path, good: Path, out: Path) -> list[str | Path]:
         return ["--base", base, "--task", good, "--out", out, "--method", "averaging"]
 
-    @pytest.mark.parametrize("calls", [0, 1, 5])
-    @pytest.mark.parametrize("sharded", [False, True])
+    @pytest.mark.parametrize(("calls", "sharded"), [(0, False), (1, False), (0, True), (1, True), (5, True)])
     def test_disk_full(
         self,
         calls: int,

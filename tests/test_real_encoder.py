@@ -17,6 +17,7 @@ from families import merged, tasks
 from torch import Tensor, nn
 
 from dcmerge_ext import merge_updates
+from dcmerge_ext.checkpoints.journal import has_finished
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -131,7 +132,7 @@ class TestFullFineTunes:
     def test_interrupted_half_way(
         self, models: list[Path], tmp_path: Path, number: signal.Signals, status: int
     ) -> None:
-        """A signal in the middle of the work, from a keyboard or a scheduler: nothing is left."""
+        """A signal in the middle of the work, from a keyboard or a scheduler: what is finished can be continued."""
         out, partial = tmp_path / "out", tmp_path / "out.partial"
         arguments = ["merge", "--base", str(BASE), *tasks(*models), "--out", str(out)]
         process = subprocess.Popen(
@@ -155,7 +156,11 @@ class TestFullFineTunes:
             process.kill()
         assert process.returncode == status, errors
         assert "Traceback" not in errors
-        assert list(tmp_path.iterdir()) == []
+        if has_finished(partial):
+            assert f"what is finished stays in {partial}; continue with --resume" in errors
+        else:
+            assert list(tmp_path.iterdir()) == []
+            assert "nothing was left behind" in errors
 
     def test_averaging(self, models: list[Path], inputs: dict[str, Tensor], tmp_path: Path, capsys: Capsys) -> None:
         stored = merged(capsys, tmp_path / "out", "--base", BASE, *tasks(*models), "--method", "averaging")

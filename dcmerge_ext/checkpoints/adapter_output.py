@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 from dcmerge_ext.checkpoints.adapter import CONFIG_NAME, PREFIX, WEIGHT_NAMES, WRAPPED, LoraFactors
 from dcmerge_ext.checkpoints.execute import Executor, Sink, TensorResult
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan
-from dcmerge_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from dcmerge_ext.checkpoints.source import TensorSpec
 from dcmerge_ext.checkpoints.tasks import AdapterTask
+from dcmerge_ext.checkpoints.weight_files import Layout, WeightFiles
+from dcmerge_ext.checkpoints.work import Work
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.svd import truncated_svd
@@ -153,20 +153,22 @@ class AdapterOutput:
             "inference_mode": True,
         }
 
-    def write(self, executor: Executor, directory: Path) -> list[TensorResult]:
+    def layout(self) -> Layout:
+        return {WEIGHT_NAMES[0]: self.specs()}
+
+    def write(self, executor: Executor, work: Work) -> list[TensorResult]:
         """Merge every tensor into its place. Returns what happened to each."""
         tensors = [t for t in self.plan.tensors if t.name in self.modules or t.name in self.values]
-        with SafetensorsWriter(directory / WEIGHT_NAMES[0], self.specs()) as writer:
+        names = {name: list(module.specs()) for name, module in self.modules.items()}
+        names.update({name: [self._value_key(name)] for name in self.values})
 
-            def work(tensor: TensorPlan) -> TensorResult:
-                if tensor.name in self.modules:
-                    return executor.merge(tensor, _store_factors(writer, self.modules[tensor.name]), whole=True)
-                return executor.write(
-                    tensor, lambda name, rows, values: writer.write(self._value_key(name), rows, values)
-                )
+        def merge(tensor: TensorPlan, files: WeightFiles) -> TensorResult:
+            if tensor.name in self.modules:
+                return executor.merge(tensor, _store_factors(files, self.modules[tensor.name]), whole=True)
+            return executor.write(tensor, lambda name, rows, values: files.write(self._value_key(name), rows, values))
 
-            results = executor.run(tensors, work)
-        (directory / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+        results = work.fill(executor, tensors, self.layout(), names, merge)
+        (work.directory / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
         return results
 
 
@@ -175,9 +177,9 @@ def _targets(paths: list[str]) -> list[str] | str:
     return paths if all("." in path for path in paths) else "|".join(re.escape(path) for path in paths)
 
 
-def _store_factors(writer: SafetensorsWriter, module: _Module) -> Sink:
+def _store_factors(files: WeightFiles, module: _Module) -> Sink:
     def sink(rows: slice | None, base: Tensor, merged: Update, facts: dict[str, Any]) -> None:
         for key, values in module.tensors(merged, module.tensor.scale).items():
-            writer.write(key, rows, values)
+            files.write(key, rows, values)
 
     return sink

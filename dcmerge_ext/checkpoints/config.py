@@ -17,6 +17,9 @@ from dcmerge_ext.methods.registry import explain, nearest
 Action = Literal["copy", "mean", "merge"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_CONDUCT = ("overwrite", "resume", "verify", "max_memory")
+"""Fields that say how to go about a run: the same bytes come out of it."""
+
 
 class Override(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to do differently for the tensors whose whole name matches; the first match wins."""
@@ -49,6 +52,8 @@ class MergeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     extra: Literal["error", "ignore"] = "error"
     lora_scale: Literal["apply", "ignore"] | None = None
     overwrite: bool = False
+    resume: bool = False
+    verify: bool = False
 
     @property
     def shard_bytes(self) -> int:
@@ -57,6 +62,10 @@ class MergeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def memory_bytes(self) -> int | None:
         return None if self.max_memory is None else parse_size("max_memory", self.max_memory)
+
+    def settings(self) -> dict[str, Any]:
+        """Every field that decides what is written, as plain values."""
+        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in _CONDUCT}
 
 
 def parse_size(name: str, size: str | int) -> int:

@@ -78,8 +78,13 @@ class Executor:
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
-        """``work`` for every tensor, each on its share of the threads. On a GPU, in turn."""
-        return side_by_side(work, tensors, at_most=workers() if self.device.type == "cpu" else 1)
+        """``work`` for every tensor, each on its share of the threads. On a GPU, in turn.
+
+        The share is the same however many tensors there are, so that one gives the same bytes in a run that is resumed.
+        """
+        if self.device.type != "cpu":
+            return side_by_side(work, tensors, at_most=1)
+        return side_by_side(work, tensors, at_most=workers(), each=max(1, torch.get_num_threads() // workers()))
 
     def merge(self, tensor: TensorPlan, sink: Sink, *, whole: bool = False) -> TensorResult:
         """Merge a tensor; ``sink`` receives each panel: rows, the base's stored values, the merged update, facts.

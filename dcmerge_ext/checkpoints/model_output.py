@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,8 +12,9 @@ import torch
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.files import read_json
 from dcmerge_ext.checkpoints.plan import Plan
-from dcmerge_ext.checkpoints.safetensors_writer import SafetensorsWriter
 from dcmerge_ext.checkpoints.source import TensorSpec
+from dcmerge_ext.checkpoints.weight_files import Layout
+from dcmerge_ext.checkpoints.work import Work
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".ckpt"}
 _LEFT_OUT = {"trainer_state.json", "dcmerge.json", "dcmerge_timings.json"}
@@ -40,21 +40,17 @@ def shard_layout(specs: Mapping[str, TensorSpec], shard_bytes: int) -> dict[str,
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_model(executor: Executor, directory: Path, shard_bytes: int) -> list[TensorResult]:
+def write_model(executor: Executor, layout: Layout, work: Work) -> list[TensorResult]:
     """Merge every tensor into its place. Returns what happened to each."""
-    layout = shard_layout(output_specs(executor.plan), shard_bytes)
-    with ExitStack() as stack:
-        writers: dict[str, SafetensorsWriter] = {}
-        for file, specs in layout.items():
-            writer = stack.enter_context(SafetensorsWriter(directory / file, specs))
-            writers.update(dict.fromkeys(specs, writer))
-        results = executor.run(executor.plan.tensors, lambda t: executor.write(t, writers[t.name].write))
+    results = work.fill(
+        executor, executor.plan.tensors, layout, {}, lambda tensor, files: executor.write(tensor, files.write)
+    )
     if len(layout) > 1:
         index = {
             "metadata": {"total_size": sum(s.nbytes for specs in layout.values() for s in specs.values())},
             "weight_map": {name: file for file, specs in layout.items() for name in specs},
         }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (work.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return results
 
 

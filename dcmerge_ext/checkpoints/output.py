@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from dcmerge_ext.errors import InputError, RunError
 
+logger = logging.getLogger(__name__)
+
 RECORD_NAME = "dcmerge.json"
+JOURNALS = "journal-*.jsonl"
+"""What :mod:`~dcmerge_ext.checkpoints.journal` keeps in the work directory; never part of an output."""
+
+Existing = Literal["refuse", "replace", "continue"]
+"""What to do with a work directory that is there already."""
 
 
-def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_output(out: Path, inputs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
     """Raise InputError where the output directory may not be written."""
     resolved = out.resolve()
     if not resolved.name:
@@ -29,11 +39,12 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
             raise InputError(f"{out}: is a link; --overwrite replaces directories only")
         if not (out.is_dir() and ((out / RECORD_NAME).exists() or not any(out.iterdir()))):
             raise InputError(f"{out}: is not the output of an earlier merge (no {RECORD_NAME}); --overwrite refuses it")
-    if partial.exists() and not overwrite:
+    if partial.exists() and not (overwrite or resume):
         raise InputError(
-            f"{partial}: left by a run that was killed, or in use by another; delete it or pass --overwrite"
+            f"{partial}: left by a run that was stopped, or in use by another; continue it with --resume, "
+            "or start anew with --overwrite"
         )
-    if replaced.exists():
+    if replaced.exists() and not (resume and not out.exists()):
         raise InputError(
             f"{replaced}: an earlier output, left by a run that was killed; delete it, or move it back to {out}"
         )
@@ -45,40 +56,59 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raise InputError where the file system has no room for ``needed`` bytes."""
+    """Raise InputError where the file system has no room for ``needed`` bytes, less what OUT.partial holds of them."""
     parent = next(p for p in out.absolute().parents if p.exists())
+    needed -= sum(path.stat().st_blocks * 512 for path in partial_of(out).rglob("*"))
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(f"{out}: needs {needed / 1e6:.0f} MB, the file system has {free / 1e6:.0f} MB free")
 
 
 @contextmanager
-def work_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-    """``OUT.partial`` to write into; renamed to OUT on success, removed otherwise.
+def work_directory(
+    out: Path, existing: Existing, keep: Callable[[Path], bool] = lambda partial: False
+) -> Iterator[Path]:
+    """``OUT.partial`` to write into; on success brought to the disk and renamed to OUT.
+
+    After wrong input it is removed; after any other failure too, unless ``keep`` finds work in it to continue.
 
     Raises:
         InputError: the directory cannot be made.   RunError: writing failed (disk full, device gone).
     """
-    partial = partial_of(out)
+    partial, replaced = partial_of(out), _replaced_of(out)
     made = [parent for parent in partial.parents if not parent.exists()]
     try:
-        if overwrite and partial.exists():
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)  # stopped while the new output took the earlier one's place
+        if existing == "replace" and partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=existing == "continue")
     except OSError as error:
-        _remove(partial, made)
+        _remove(partial if existing != "continue" else None, made)
         raise InputError(f"{partial}: cannot be made ({error.strerror or error})") from error
     try:
         yield partial
+        _sync(partial)
+        for journal in partial.glob(JOURNALS):
+            journal.unlink()
+        sync_directory(partial)
         _replace(partial, out)
-    except OSError as error:
+        sync_directory(out.absolute().parent)
+    except InputError:
         _remove(partial, made)
-        raise RunError(
-            f"{out}: writing failed ({error.strerror or error}); nothing was left behind. "
-            "Free space or choose another place"
-        ) from error
-    except BaseException:
-        _remove(partial, made)
+        raise
+    except BaseException as error:
+        kept = keep(partial)
+        if not kept:
+            _remove(partial, made)
+        left = f"what is finished stays in {partial}; continue with --resume" if kept else "nothing was left behind"
+        if isinstance(error, OSError):
+            advice = " once this is mended" if kept else ". Free space or choose another place"
+            raise RunError(f"{out}: writing failed ({error.strerror or error}); {left}{advice}") from error
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (left,)
+        elif kept:
+            logger.warning("%s", left)
         raise
 
 
@@ -111,9 +141,10 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already; choose another file or pass --overwrite")
 
 
-def _remove(partial: Path, made: Sequence[Path]) -> None:
+def _remove(partial: Path | None, made: Sequence[Path]) -> None:
     """Take back the work directory and the parents that were made for it."""
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
     for parent in made:
         with suppress(OSError):
             parent.rmdir()
@@ -125,6 +156,28 @@ def partial_of(out: Path) -> Path:
 
 def _replaced_of(out: Path) -> Path:
     return out.absolute().with_name(out.absolute().name + ".replaced")
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(directory)
+
+
+def _sync(directory: Path) -> None:
+    """Bring every file of a directory to the disk."""
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+            continue
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _replace(partial: Path, out: Path) -> None:

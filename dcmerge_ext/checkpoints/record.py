@@ -47,6 +47,11 @@ def gathered_warnings() -> Iterator[list[str]]:
         messages.sort()  # threads warn in any order
 
 
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {"dcmerge_ext": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
 def make_record(
     plan: Plan, config: MergeConfig, device: torch.device, results: Sequence[TensorResult], warned: Sequence[str]
 ) -> dict[str, Any]:
@@ -54,11 +59,7 @@ def make_record(
     tensors = {t.name: t for t in plan.tensors}
     method = plan.method
     return {
-        "versions": {
-            "dcmerge_ext": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "backends": {name: text.split(":", 1)[0] for name, text in backends().items()},
         "device": str(device),
         "method": method.name,
@@ -66,7 +67,7 @@ def make_record(
         "options": msgspec.to_builtins(method),
         "scale": plan.scale,
         "weights": list(plan.weights),
-        "config": msgspec.to_builtins(config),
+        "config": config.settings(),
         "base": None if config.base is None else {"path": config.base, "content": content_digest(results, 0)},
         "tasks": [
             {

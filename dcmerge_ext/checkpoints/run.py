@@ -18,16 +18,21 @@ from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.files import unreadable
+from dcmerge_ext.checkpoints.fingerprint import fingerprint, refuse_changes
+from dcmerge_ext.checkpoints.journal import Earlier, has_finished, read_journals
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.memory import MemoryBudget, watched_memory
 from dcmerge_ext.checkpoints.model import ModelFiles
-from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, write_model
-from dcmerge_ext.checkpoints.output import check_output, check_space, work_directory
+from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, shard_layout, write_model
+from dcmerge_ext.checkpoints.output import Existing, check_output, check_space, partial_of, work_directory
 from dcmerge_ext.checkpoints.plan import Plan, make_plan
-from dcmerge_ext.checkpoints.record import gathered_warnings, make_record, rounding_warnings, write_record
-from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
+from dcmerge_ext.checkpoints.record import make_record, rounding_warnings, write_record
+from dcmerge_ext.checkpoints.source import TensorSource
 from dcmerge_ext.checkpoints.tasks import AdapterTask, FullTask, Task
+from dcmerge_ext.checkpoints.verify import verify_output
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
+from dcmerge_ext.checkpoints.weight_files import Layout
+from dcmerge_ext.checkpoints.work import Work
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods.registry import list_methods, preset_of
 
@@ -53,9 +58,15 @@ class Prepared:
         return cls(config, plan, save_as, adapter, base_path)
 
     @property
+    def layout(self) -> Layout:
+        """The weight files of the output."""
+        if self.adapter is not None:
+            return self.adapter.layout()
+        return shard_layout(output_specs(self.plan), self.config.shard_bytes)
+
+    @property
     def output_bytes(self) -> int:
-        specs: Mapping[str, TensorSpec] = self.adapter.specs() if self.adapter else output_specs(self.plan)
-        return sum(spec.nbytes for spec in specs.values())
+        return sum(spec.nbytes for specs in self.layout.values() for spec in specs.values())
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def _prepare(config: MergeConfig) -> Prepared:
     for_device(compute_device(config.device))  # a forced backend that cannot run there is an error now, not half way
     paths = [locate(task) for task in config.tasks]
     base_path = None if config.base is None else locate(config.base)
-    check_output(Path(config.out).expanduser(), [*paths, *([base_path] if base_path else [])], config.overwrite)
+    inputs = [*paths, *([base_path] if base_path else [])]
+    check_output(Path(config.out).expanduser(), inputs, config.overwrite, config.resume)
     base, tasks = open_inputs(paths, base_path, lora_scale_of(config), save_as=config.save_as)
     plan = make_plan(base, tasks, config, with_base=base_path is not None)
     MemoryBudget(config.memory_bytes).check(plan)
@@ -128,30 +140,54 @@ def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> 
     """Carry out a prepared merge. ``advance`` is told bytes worked through, :func:`~dcmerge_ext.checkpoints.execute.work_bytes` in total.
 
     Raises:
-        InputError: data that headers could not show (NaN); nothing is left.   RunError: writing failed.
+        InputError: data that headers could not show (NaN); nothing is left.   RunError: writing failed, and what is
+            finished stays for ``resume``; or the output is not what was written (``verify``).
     """
     config, out = prepared.config, Path(prepared.config.out).expanduser()
     started = time.perf_counter()
     check_space(out, prepared.output_bytes + METADATA_BYTES)
     executor = Executor(prepared.plan, compute_device(config.device), advance, config.memory_bytes)
-    with work_directory(out, config.overwrite) as directory, watched_memory() as peak:
-        with gathered_warnings() as warned:
-            results = write_output(prepared, executor, directory)
-        report = finish(prepared, executor.device, directory, results, started, warned, peak())
+    described = fingerprint(config, prepared.plan, executor.device)
+    earlier = _earlier(config, out, described)
+    existing: Existing = "continue" if earlier else "replace" if config.overwrite or config.resume else "refuse"
+    with work_directory(out, existing, has_finished) as directory, watched_memory() as peak:
+        work = Work(directory, described, earlier.entries if earlier else {}, advance)
+        results = write_output(prepared, executor, work)
+        report = finish(prepared, executor.device, directory, results, started, work.warnings, peak())
     for warning in rounding_warnings(prepared.plan, results):
         logger.warning("%s", warning)
+    if config.verify:
+        copied = [t.name for t in prepared.plan.tensors if t.action == "copy"]
+        verify_output(out, prepared.layout, work.digests, adapter=prepared.adapter is not None, as_given=copied)
     return report
 
 
-def write_output(prepared: Prepared, executor: Executor, directory: Path) -> list[TensorResult]:
+def _earlier(config: MergeConfig, out: Path, described: Mapping[str, Any]) -> Earlier | None:
+    """What an earlier run finished, where this one is to continue it.
+
+    Raises:
+        InputError: it was another run.
+    """
+    if not config.resume:
+        return None
+    partial = partial_of(out)
+    earlier = read_journals(partial)
+    if earlier is None:
+        logger.info("%s: nothing to continue; the merge starts from the beginning", partial)
+        return None
+    refuse_changes(earlier.run, described, partial)
+    logger.info("%s: %d tensors are finished", partial, len(earlier.entries))
+    return earlier
+
+
+def write_output(prepared: Prepared, executor: Executor, work: Work) -> list[TensorResult]:
     """The merged model or adapter, complete but for the record. Returns what happened to each tensor."""
     if prepared.adapter is not None:
-        return prepared.adapter.write(executor, directory)
-    config = prepared.config
-    results = write_model(executor, directory, config.shard_bytes)
+        return prepared.adapter.write(executor, work)
+    results = write_model(executor, prepared.layout, work)
     assert prepared.base_path is not None
-    converted = None if config.dtype == "keep" else getattr(torch, config.dtype)
-    copy_side_files(prepared.base_path, directory, converted)
+    dtype = prepared.config.dtype
+    copy_side_files(prepared.base_path, work.directory, None if dtype == "keep" else getattr(torch, dtype))
     return results
 
 
@@ -169,8 +205,7 @@ def finish(
 
     ``started``: of ``time.perf_counter``.
     """
-    # the bound on memory has no influence on what is written
-    config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as, max_memory=None)
+    config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as)
     record = {**make_record(prepared.plan, config, device, results, warned), **facts}
     seconds = time.perf_counter() - started
     write_record(directory, record, results, seconds, peak_bytes)
@@ -196,6 +231,8 @@ def merge_checkpoints(
     extra: str = "error",
     lora_scale: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     **options: Any,
 ) -> MergeReport:
     """Merge checkpoints on disk into one, with the memory of a few tensors.
@@ -223,11 +260,15 @@ def merge_checkpoints(
         extra: tensors that the base does not have: "error" or "ignore".
         lora_scale: "apply" lora_alpha / r, or "ignore" it as some published code does; None is the preset's, or "apply".
         overwrite: replace the output of an earlier merge.
+        resume: continue a run of these very inputs and options that was stopped; starts one where there is none.
+        verify: read the output again at the end: shapes, dtypes, finite values, digests of what was written, and whether
+            transformers or PEFT, where installed, take it.
         options: of the method.
     Returns:
         MergeReport with the record that is also written to ``dcmerge.json``.
     Raises:
-        InputError: wrong inputs or options, naming file and tensor; nothing was written.   RunError: writing failed.
+        InputError: wrong inputs or options, naming file and tensor; nothing was written.   RunError: writing failed, or
+            the output does not verify.
     """
     values = config_values(
         "merge_checkpoints",
@@ -248,6 +289,8 @@ def merge_checkpoints(
         extra=extra,
         lora_scale=lora_scale,
         overwrite=overwrite,
+        resume=resume,
+        verify=verify,
         **options,
     )
     prepared = prepare(build_config(values, "merge_checkpoints"))

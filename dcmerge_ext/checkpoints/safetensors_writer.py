@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from dcmerge_ext.checkpoints.files import SAFETENSORS_DTYPES
@@ -22,12 +23,19 @@ from dcmerge_ext.checkpoints.source import TensorSpec
 from dcmerge_ext.stages import Work, staged
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_BLOCK_BYTES = 8 << 20
 
 
 class SafetensorsWriter:
-    """One file. Opens by writing the header; every tensor then goes to its own offset, whole or by rows."""
+    """One file. Opens by writing the header; every tensor then goes to its own offset, whole or by rows in order.
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    Writing the header again changes nothing: a file that an earlier run began keeps its tensors.
+
+    Args:
+        create: False where another process has written the header already.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, create: bool = True) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._specs = specs
         self._offsets: dict[str, int] = {}
@@ -45,10 +53,12 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._digests: dict[str, xxhash.xxh3_128] = {}
+        self._file = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
         try:
-            self._pwrite(struct.pack("<Q", len(text)) + text, 0)
-            os.ftruncate(self._file, self._start + end)
+            if create:
+                self._pwrite(struct.pack("<Q", len(text)) + text, 0)
+                os.ftruncate(self._file, self._start + end)
         except BaseException:
             os.close(self._file)
             raise
@@ -58,10 +68,33 @@ class SafetensorsWriter:
         """Write a tensor, or the rows ``rows`` of it."""
         spec = self._specs[name]
         first = rows.start if rows is not None else 0
+        if first == 0:
+            self._digests[name] = xxhash.xxh3_128()
         per_row = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
-        values = values.to(spec.dtype).contiguous()
-        data = values.reshape(-1).view(torch.uint8).numpy().data
+        data = raw_bytes(values.to(spec.dtype))
+        self._digests[name].update(data)
         self._pwrite(data, self._start + self._offsets[name] + first * per_row)
+
+    def written(self, name: str) -> str:
+        """xxh3-128 of the bytes that were written of a tensor, in hexadecimal."""
+        return self._digests[name].hexdigest()
+
+    def stored(self, name: str) -> str:
+        """The same of the bytes that the file holds."""
+        digest = xxhash.xxh3_128()
+        left, offset = self._specs[name].nbytes, self._start + self._offsets[name]
+        while left:
+            block = os.pread(self._file, min(left, _BLOCK_BYTES), offset)
+            if not block:
+                break  # cut short: another digest
+            digest.update(block)
+            left -= len(block)
+            offset += len(block)
+        return digest.hexdigest()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fdatasync(self._file)
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         left = memoryview(data)
@@ -77,3 +110,8 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._file)
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, row by row, as a file stores them."""
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data

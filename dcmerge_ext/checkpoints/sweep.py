@@ -30,6 +30,7 @@ from dcmerge_ext.checkpoints.run import (
     prepare,
     write_output,
 )
+from dcmerge_ext.checkpoints.work import Work
 from dcmerge_ext.errors import InputError, OptionError
 
 Evaluate = Callable[[Path], float]
@@ -101,6 +102,8 @@ def run_sweep(
     """As :func:`sweep`, of a configuration. ``advance`` is told every scale with its score."""
     if config.scale is not None:
         raise OptionError("scale is what a sweep searches; give scales (--scales)")
+    if config.resume or config.verify:
+        raise OptionError("resume and verify belong to a merge; sweep does without")
     started = time.perf_counter()
     first = prepare(config)
     chosen = _checked(first.plan.scale, scales)
@@ -108,7 +111,7 @@ def run_sweep(
     prepared = {scale: _at(first, scale) for scale in chosen}
     device = compute_device(config.device)
     scores: list[float] = []
-    with work_directory(out, config.overwrite) as directory, watched_memory() as peak:
+    with work_directory(out, "replace" if config.overwrite else "refuse") as directory, watched_memory() as peak:
         # inside: a candidate becomes the output by renaming its files, and what a killed run leaves is in one place
         with tempfile.TemporaryDirectory(prefix="sweep-", dir=directory) as scratch, gathered_warnings() as warned:
             kept = KeptUpdates(
@@ -120,7 +123,7 @@ def run_sweep(
             for i, (scale, candidate) in enumerate(prepared.items()):
                 place = Path(scratch, f"candidate-{i}")
                 place.mkdir()
-                results = write_output(candidate, Replay(candidate.plan, device, kept), place)
+                results = write_output(candidate, Replay(candidate.plan, device, kept), Work(place))
                 scores.append(_score(evaluate(place), scale))
                 advance(scale, scores[-1])
                 if best is None or (scores[-1] > best.score if maximize else scores[-1] < best.score):

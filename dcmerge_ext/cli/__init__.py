@@ -17,6 +17,8 @@ from dcmerge_ext.cli.display import make_console
 from dcmerge_ext.cli.parser import build_parser
 from dcmerge_ext.errors import BackendUnavailable, DcmergeError, InputError
 
+_NOTHING_LEFT = "nothing was left behind"
+
 
 def entry() -> None:
     """The installed command."""
@@ -47,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DcmergeError as error:
         errors.print(Text("failed:", "bold red"), str(error))
         return 3
-    except _Terminated:
-        errors.print("terminated; nothing was left behind")
+    except _Terminated as stop:
+        errors.print(f"terminated; {str(stop) or _NOTHING_LEFT}")
         return 143
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was left behind")
+    except KeyboardInterrupt as stop:
+        errors.print(f"interrupted; {str(stop) or _NOTHING_LEFT}")
         return 130
     except Exception:
         errors.print_exception()

@@ -29,7 +29,7 @@ from dcmerge_ext.errors import OptionError
 
 _FIELDS = (
     "base", "out", "method", "scale", "device", "dtype", "save_as", "adapter_rank", "shard_size", "vocab", "extra",
-    "max_memory", "lora_scale", "overwrite",
+    "max_memory", "lora_scale", "overwrite", "resume", "verify",
 )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def config_of(args: argparse.Namespace) -> MergeConfig:
             f"{args.config}: sets options of {values.get('method', 'dc_merge')}, and --method {args.method} is another method; "
             "take the options out of the file, or the method off the command line"
         )
-    values.update({field: getattr(args, field) for field in _FIELDS if getattr(args, field) is not None})
+    values.update({field: value for field in _FIELDS if (value := getattr(args, field, None)) is not None})
     if args.tasks:
         tasks, weights = zip(*(split_task(text) for text in args.tasks), strict=True)
         values["tasks"] = list(tasks)

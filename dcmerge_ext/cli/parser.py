@@ -21,6 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     merging = subcommands.add_parser("merge", parents=[common], help="merge checkpoints into one")
     _merge_arguments(merging)
+    merging.add_argument(
+        "--resume", action="store_true", default=None, help="continue the same merge where it was stopped, if it was"
+    )
+    merging.add_argument("--verify", action="store_true", default=None, help="read the output again and check it")
     merging.add_argument("--dry-run", action="store_true", help="plan and check only, as `dcmerge plan`")
     merging.set_defaults(run=merge.run_merge)
 
