@@ -23,6 +23,7 @@ from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.base import Context, Method, SurveyState
 from dcmerge_ext.parallel import side_by_side
+from dcmerge_ext.products import gram_float64
 from dcmerge_ext.stages import Work, by_tensor, stage, staged
 from dcmerge_ext.updates import Updates, compute_dtype, count_nonfinite
 
@@ -292,18 +293,17 @@ def _norm(update: Update) -> float:
     if isinstance(update, LowRank):
         if update.rank == 0:
             return 0.0
-        left, right = update.left.double(), update.right.double()
-        return (
-            math.sqrt(max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum())))
-            if _finite(left, right)
-            else math.nan
-        )
+        square = float((_gram(update.left.mT) * _gram(update.right)).sum())  # a NaN or Inf in a factor stays one
+        return math.sqrt(max(0.0, square)) if math.isfinite(square) else math.nan
     single = float(torch.linalg.vector_norm(update, dtype=compute_dtype(update.dtype)))
     return single if math.isfinite(single) else float(torch.linalg.vector_norm(update, dtype=torch.float64))
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(t.isfinite().all()) for t in tensors)
+def _gram(rows: Tensor) -> Tensor:
+    """In float64: a norm must not lose what cancels between the factors."""
+    if rows.dtype == torch.float32:
+        return gram_float64(rows)  # a fifth of the time of the product of float64 copies
+    return rows.double() @ rows.double().mT
 
 
 def _is_zero(update: Update) -> bool:
