@@ -14,6 +14,7 @@ import xxhash
 from torch import Tensor
 
 from dcmerge_ext.checkpoints.estimate import peak_bytes
+from dcmerge_ext.checkpoints.memory import enough_memory
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
@@ -64,10 +65,15 @@ class Executor:
         """
         for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
             self.survey(method)
+
+        def named(tensor: TensorPlan) -> TensorResult:
+            with enough_memory(tensor.name):
+                return work(tensor)
+
         most = _SIDE_BY_SIDE_BYTES // _workers()
         small = [t for t in tensors if t.panelled or peak_bytes(self.plan, t) <= most]
-        results = {r.name: r for r in self._side_by_side(small, work)}
-        results.update((t.name, work(t)) for t in tensors if t.name not in results)
+        results = {r.name: r for r in self._side_by_side(small, named)}
+        results.update((t.name, named(t)) for t in tensors if t.name not in results)
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
@@ -162,8 +168,10 @@ class Executor:
                 share = shares.get()  # at most as many tensors at a time as there are shares
                 try:
                     for rows in tensor.panels():
-                        base = self.plan.base.read(tensor.name, rows)
-                        method.survey(tensor.name, load_updates(self.plan, tensor, rows, base, self.device), share)
+                        with enough_memory(tensor.name):
+                            base = self.plan.base.read(tensor.name, rows)
+                            updates = load_updates(self.plan, tensor, rows, base, self.device)
+                            method.survey(tensor.name, updates, share)
                         self._advance(base.nbytes)
                 finally:
                     shares.put(share)

@@ -47,7 +47,9 @@ def family() -> dict[str, bytes]:
             families.write_model(Path("base"), base)
             for i in range(2):
                 families.write_model(Path(f"task{i}"), tuned(i))
-                families.write_adapter(Path(f"adapter{i}"), base, MODULES, rank=1, seed=i, rank_pattern={}, alpha_pattern={})
+                families.write_adapter(
+                    Path(f"adapter{i}"), base, MODULES, rank=1, seed=i, rank_pattern={}, alpha_pattern={}
+                )
                 Path(f"grams{i}.safetensors").write_bytes(save(grams(i)))
             merge_checkpoints("base", ["task0", "adapter0"], "merged")
             return {str(p): p.read_bytes() for p in sorted(Path().rglob("*")) if p.is_file()}
@@ -86,7 +88,8 @@ def safetensors_bytes(header: bytes, data: bytes, size: int | None = None) -> by
 def odd_tensors(random: Random, tensors: Mapping[str, Tensor], names: Sequence[str]) -> bytes:
     """A well-formed safetensors file in which some tensors have another name, dtype or shape, or odd values."""
     entries = {
-        name: [_dtype(values), list(values.shape), values.contiguous().numpy().tobytes()] for name, values in tensors.items()
+        name: [_dtype(values), list(values.shape), values.contiguous().numpy().tobytes()]
+        for name, values in tensors.items()
     }
     for _ in range(random.choice([1, 1, 2, 3])):
         name = random.choice(list(entries))

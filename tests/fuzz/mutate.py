@@ -41,7 +41,7 @@ def scalar(random: Random, extra: Sequence[Any] = ()) -> Any:
     """A value that a file should not have held; or one of ``extra``."""
     kind = random.random()
     if extra and kind < 0.3:
-        return random.choice(extra)
+        return copy.deepcopy(random.choice(extra))
     if kind < 0.55:
         return random.choice(STRINGS)
     if kind < 0.85:
@@ -63,10 +63,11 @@ def mutate(random: Random, root: Any, extra: Sequence[Any] = ()) -> Any:
     """A copy of a JSON value with one to three edits anywhere in it."""
     root = [copy.deepcopy(root)]  # so that the whole can be replaced, too
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        places = [(root, 0)] if random.random() < 0.02 else [p for p in _places(root) if p[0] is not root]
-        if not places:
-            break
-        _edit(random, *random.choice(places), extra)
+        places = [p for p in _places(root) if p[0] is not root]
+        if not places or random.random() < 0.02:
+            root[0] = value(random, extra)
+        else:
+            _edit(random, *random.choice(places), extra)
     return root[0]
 
 

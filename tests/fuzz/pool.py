@@ -31,7 +31,9 @@ class Ended(NamedTuple):
     @property
     def again(self) -> str:
         """The command that repeats it."""
-        return f"PYTHONPATH=tests python -m fuzz --target {self.target} --seed {self.seed} --first {self.number} --cases 1"
+        return (
+            f"PYTHONPATH=tests python -m fuzz --target {self.target} --seed {self.seed} --first {self.number} --cases 1"
+        )
 
 
 class Worker:
@@ -42,7 +44,9 @@ class Worker:
         self._start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
         self._place.cleanup()
 

@@ -12,7 +12,7 @@ _NAMES = (
     "adapter_model.safetensors", "é.txt", "two\nlines.json", "x" * 200 + ".txt", "-rf.json", "pytorch_model.bin", "a.partial.json",
 )  # fmt: skip
 _LINKS = (
-    "../outside/secret.txt", "/etc/passwd", "/etc/hostname", "/dev/zero", "/dev/null", "/proc/self/environ", "/", "..", ".", "nowhere",
+    "../outside/secret.txt", "../outside/secret.json", "/etc/passwd", "/etc/hostname", "/dev/zero", "/dev/null", "/proc/self/environ", "/", "..", ".", "nowhere",
     "../outside", "config.json", "/proc/self/fd/0", "loop", "../base", "/usr",
 )  # fmt: skip
 
