@@ -197,6 +197,11 @@ class Adapter:
             raise InputError(
                 f"{self.file.label}: DoRA on {module!r} ({kind}) cannot be merged; DoRA on linear layers can"
             )
+        if magnitude is not None and self.file.specs[magnitude].numel != shape[0]:
+            found = self.file.specs[magnitude].text
+            raise InputError(
+                f"{self.file.label}: DoRA magnitude {magnitude} is {found}, the layer has {shape[0]} outputs"
+            )
         scale = self._scale(module, rank) if lora_scale == "apply" else 1.0
         dtype = torch.promote_types(a.dtype, b.dtype)
         return LoraFactors(kind, key_a, key_b, magnitude, rank, scale, shape, dtype)

@@ -141,6 +141,8 @@ def build_config(values: Mapping[str, Any], where: str = "configuration") -> Mer
         config = msgspec.convert(dict(values), MergeConfig)
     except msgspec.ValidationError as error:
         raise OptionError(f"{where}: {explain(error, MergeConfig)}") from error
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{where}: {error.object!r} is no text (half of a surrogate pair)") from error
     for name, scale in [
         ("scale", config.scale),
         *((f"scale of override {o.match!r}", o.scale) for o in config.overrides),

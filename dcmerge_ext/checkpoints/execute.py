@@ -13,12 +13,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from dcmerge_ext.checkpoints.blame import of_tensor
 from dcmerge_ext.checkpoints.estimate import peak_bytes
-from dcmerge_ext.checkpoints.memory import enough_memory
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
-from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
+from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.base import Context, Method, SurveyState
@@ -65,15 +65,10 @@ class Executor:
         """
         for method in dict.fromkeys(t.method for t in tensors if t.action == "merge"):
             self.survey(method)
-
-        def named(tensor: TensorPlan) -> TensorResult:
-            with enough_memory(tensor.name):
-                return work(tensor)
-
         most = _SIDE_BY_SIDE_BYTES // _workers()
         small = [t for t in tensors if t.panelled or peak_bytes(self.plan, t) <= most]
-        results = {r.name: r for r in self._side_by_side(small, named)}
-        results.update((t.name, named(t)) for t in tensors if t.name not in results)
+        results = {r.name: r for r in self._side_by_side(small, work)}
+        results.update((t.name, work(t)) for t in tensors if t.name not in results)
         return [results[t.name] for t in tensors]
 
     def _side_by_side(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], _T]) -> list[_T]:
@@ -91,18 +86,16 @@ class Executor:
         digests = [xxhash.xxh3_128() for _ in range(1 + self.plan.num_tasks)]
         for rows in [None] if whole else tensor.panels():
             norms = [0.0] * self.plan.num_tasks
-            base = self.plan.base.read(tensor.name, rows)
-            if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
-                _digest(digests[0], base)
-            updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
-            context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
-            try:
+            with of_tensor(tensor.name):
+                base = self.plan.base.read(tensor.name, rows)
+                if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
+                    _digest(digests[0], base)
+                updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
+                context = Context(self.plan.num_tasks, tensor.name, self._states.get(tensor.method), result.facts)
                 merged = tensor.method.merge(updates, context)
-            except (ConvergenceError, OptionError) as error:
-                raise type(error)(f"tensor {tensor.name!r}: {error}") from error
-            _accumulate(result.facts, "update_norms", norms)
-            _accumulate(result.facts, "merged_norm", [_norm(merged)])
-            sink(rows, base, merged, result.facts)
+                _accumulate(result.facts, "update_norms", norms)
+                _accumulate(result.facts, "merged_norm", [_norm(merged)])
+                sink(rows, base, merged, result.facts)
             self._advance(base.nbytes)
         result.seconds = time.perf_counter() - started
         result.digests = [digest.digest() for digest in digests]
@@ -168,7 +161,7 @@ class Executor:
                 share = shares.get()  # at most as many tensors at a time as there are shares
                 try:
                     for rows in tensor.panels():
-                        with enough_memory(tensor.name):
+                        with of_tensor(tensor.name):
                             base = self.plan.base.read(tensor.name, rows)
                             updates = load_updates(self.plan, tensor, rows, base, self.device)
                             method.survey(tensor.name, updates, share)

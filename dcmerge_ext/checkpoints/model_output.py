@@ -19,7 +19,7 @@ from dcmerge_ext.checkpoints.source import TensorSpec
 from dcmerge_ext.errors import InputError
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".ckpt"}
-_LEFT_OUT = {"trainer_state.json", "dcmerge.json", "dcmerge_timings.json"}
+_LEFT_OUT = {"trainer_state.json", "dcmerge.json", "dcmerge_timings.json", "README.md"}
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab"}
 
 
@@ -68,23 +68,26 @@ def side_files(base: Path) -> list[Path]:
     """
     if not base.is_dir():
         return []
-    subdirectories = [
-        d for d in sorted(base.iterdir()) if d.is_dir() and not d.is_symlink() and not d.name.startswith(".")
-    ]
+    subdirectories = [d for d in sorted(base.iterdir()) if d.is_dir() and not d.is_symlink() and _may_copy(d)]
     # such as 1_Pooling of sentence-transformers; one that holds weights is a model of its own
     own = [d for d in subdirectories if not any(f.suffix in _WEIGHT_SUFFIXES for f in d.rglob("*"))]
     wanted = [
         f
         for d in [base, *own]
         for f in sorted(d.iterdir())
-        if f.suffix in _COPIED_SUFFIXES and f.name not in _LEFT_OUT and f.is_file()  # no pipe, which would never end
-        if not f.name.startswith(".") and not f.name.endswith(".index.json")
+        if f.suffix in _COPIED_SUFFIXES and _may_copy(f) and f.is_file()  # no pipe, which would never end
     ]
     for file in wanted:
         check_link(file, base)
         if not os.access(file, os.R_OK):
             raise InputError(f"{file}: cannot be read; check its permissions")
     return wanted
+
+
+def _may_copy(path: Path) -> bool:
+    """Whether a name is neither hidden nor one of the output's own."""
+    written = path.name in _LEFT_OUT or path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return not written and not path.name.startswith(".")
 
 
 def copy_side_files(base: Path, directory: Path, dtype: torch.dtype | None) -> None:

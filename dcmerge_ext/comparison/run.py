@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dcmerge_ext.checkpoints.blame import of_tensor
 from dcmerge_ext.checkpoints.config import MergeConfig
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult, load_updates
 from dcmerge_ext.checkpoints.files import unreadable
@@ -67,6 +68,13 @@ def compare(
         raise OptionError(f"compare: rank must be 1 or more, got {rank}")
 
     def work(tensor: TensorPlan) -> TensorResult:
+        with of_tensor(tensor.name):
+            look(tensor)
+        done.append(tensor.name)
+        advance(len(done), len(changed))
+        return TensorResult(tensor.name, tensor.action)
+
+    def look(tensor: TensorPlan) -> None:
         stored = plan.base.read(tensor.name)
         everything = load_updates(plan, tensor, None, stored, executor.device)
         updates, result = Updates(everything.specs[:-1], lambda i: everything[i]), everything[-1]
@@ -77,9 +85,6 @@ def compare(
         else:
             near = [None if spec.rank == 0 else _cosine(updates[i], result) for i, spec in enumerate(updates.specs)]
             others[tensor.name] = Other(tensor.name, list(stored.shape), near)
-        done.append(tensor.name)
-        advance(len(done), len(changed))
-        return TensorResult(tensor.name, tensor.action)
 
     executor = Executor(plan, compute_device(config.device))
     changed = [t for t in plan.tensors if any(spec.rank != 0 for spec in t.specs[:-1])]

@@ -83,7 +83,7 @@ def _odd_content(random: Random, tensors: dict[Any, Any]) -> Any:
     shared = torch.zeros(4, 3)
     entries: list[Any] = [
         _Call(os.system, "touch code_ran"), _Call(subprocess.Popen, ["touch", "code_ran"]), _Call(eval, "open('code_ran','w')"),
-        _Call(exec, "open('code_ran','w')"), _Call(getattr, os, "system"), _Call(open, "code_ran", "w"), _Call(bytearray, 2**40),
+        _Call(exec, "open('code_ran','w')"), _Call(open, "code_ran", "w"), _Call(bytearray, 2**40),
         _Call(torch.zeros, 2**40), 1, None, [], {}, "text", nested, torch.zeros(2, 3).to_sparse(), torch.zeros(4, 3, device="meta"),
         torch.zeros(4, 3, dtype=torch.complex64), torch.nn.Parameter(torch.zeros(4, 3)), torch.zeros(1).expand(4, 3),
         torch.zeros(1).expand(1_000_000, 1_000_000), torch.quantize_per_tensor(torch.zeros(4, 3), 0.1, 0, torch.qint8), shared.mT,

@@ -295,7 +295,9 @@ def configurations(random: Random) -> Job:
 def _raw_configuration(random: Random) -> Job:
     """A configuration from Python, ``out`` included."""
     values = mutate.mutate(random, _configuration(random))
-    if isinstance(values, Mapping) and isinstance(values.get("out"), str):
+    if not isinstance(values, Mapping):
+        values = {"out": OUT}
+    if isinstance(values.get("out"), str):
         values["out"] = random.choice(
             [OUT, "base", "base/out", "", "a\0b", "new/er/out", "~nobody-here/x", "x" * 300, "base/config.json", "/"]
         )
