@@ -73,11 +73,21 @@ class TestSideFiles:
     def test_links_of_a_download_cache_become_files(
         self, base: Path, models: list[Path], out: Path, tmp_path: Path, capsys: Capsys
     ) -> None:
-        (tmp_path / "blob").write_text('{"linked": true}')
-        (base / "tokenizer.json").symlink_to(tmp_path / "blob")
+        blob = tmp_path / "models--someone--something" / "blobs" / "0123"
+        blob.parent.mkdir(parents=True)
+        blob.write_text('{"linked": true}')
+        (base / "tokenizer.json").symlink_to(blob)
         merged(capsys, out, "--base", base, *tasks(*models))
         assert not (out / "tokenizer.json").is_symlink()
         assert (out / "tokenizer.json").read_text() == '{"linked": true}'
+
+    def test_other_links_out_are_refused(
+        self, base: Path, models: list[Path], out: Path, tmp_path: Path, capsys: Capsys
+    ) -> None:
+        (tmp_path / "elsewhere").write_text("{}")
+        (base / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+        says = ["tokenizer.json", "is a link to", "put a copy"]
+        refused(capsys, tmp_path, "--base", base, *tasks(*models), "--out", out, says=says)
 
     def test_other_models_below_the_base_are_left_alone(
         self, base: Path, models: list[Path], out: Path, capsys: Capsys

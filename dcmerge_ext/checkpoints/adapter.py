@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dcmerge_ext.checkpoints.files import open_weights, read_json
+from dcmerge_ext.checkpoints.files import check_link, open_weights, read_json
+from dcmerge_ext.checkpoints.patterns import check_pattern, whole_name
 from dcmerge_ext.checkpoints.source import TensorSpec
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank
@@ -44,6 +45,8 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trainable tokens",
 }
 
+_LARGEST_ALPHA = 1e30
+
 Kind = Literal["linear", "conv", "embedding"]
 
 
@@ -73,6 +76,7 @@ class Adapter:
     def __init__(self, path: Path, *, lora_scale: Literal["apply", "ignore"] = "apply") -> None:
         self.path = path
         self.label = str(path)
+        check_link(path / CONFIG_NAME, path)
         self.config = read_json(path / CONFIG_NAME)
         self._require_plain_lora()
         weights = next((path / name for name in WEIGHT_NAMES if (path / name).exists()), None)
@@ -151,15 +155,22 @@ class Adapter:
             if match is None:
                 if "lora_" in key:
                     raise InputError(f"{self.file.label}: tensor {key!r} is not a LoRA factor this version knows")
-                self.values[key.removeprefix(PREFIX).replace(WRAPPED, ".")] = key
+                name = key.removeprefix(PREFIX).replace(WRAPPED, ".")
+                self._once(key, self.values.setdefault(name, key))
             elif match["leaf"] == ".bias":
                 raise InputError(f"{self.file.label}: tensor {key!r}: a trained LoRA bias cannot be merged")
             else:
-                parts.setdefault(match["module"], {})[match["part"]] = key
+                self._once(key, parts.setdefault(match["module"], {}).setdefault(match["part"], key))
         for module, keys in parts.items():
             self.modules[module] = self._factors_of(module, keys, lora_scale)
             if f"{module}.weight" in self.values:
                 self.base_copies[module] = self.values.pop(f"{module}.weight")
+
+    def _once(self, key: str, first: str) -> None:
+        if first != key:
+            raise InputError(
+                f"{self.file.label}: tensors {first!r} and {key!r} have one meaning; save the adapter again"
+            )
 
     def _factors_of(self, module: str, keys: dict[str, str], lora_scale: str) -> LoraFactors:
         infix = "lora_embedding_" if "lora_embedding_A" in keys or "lora_embedding_B" in keys else "lora_"
@@ -186,6 +197,11 @@ class Adapter:
             raise InputError(
                 f"{self.file.label}: DoRA on {module!r} ({kind}) cannot be merged; DoRA on linear layers can"
             )
+        if magnitude is not None and self.file.specs[magnitude].numel != shape[0]:
+            found = self.file.specs[magnitude].text
+            raise InputError(
+                f"{self.file.label}: DoRA magnitude {magnitude} is {found}, the layer has {shape[0]} outputs"
+            )
         scale = self._scale(module, rank) if lora_scale == "apply" else 1.0
         dtype = torch.promote_types(a.dtype, b.dtype)
         return LoraFactors(kind, key_a, key_b, magnitude, rank, scale, shape, dtype)
@@ -200,8 +216,8 @@ class Adapter:
                 f"{self.file.label} have rank {rank}; its scale lora_alpha / r would be wrong"
             )
         alpha = _by_pattern(where, self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-            raise InputError(f"{where}: lora_alpha is {alpha!r}, needs a number")
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST_ALPHA:
+            raise InputError(f"{where}: lora_alpha of {module!r} is {alpha!r}, needs a finite number")
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
@@ -223,9 +239,7 @@ def _by_pattern(where: Path, patterns: Any, module: str, default: Any) -> Any:
     if patterns and not isinstance(patterns, dict):
         raise InputError(f"{where}: patterns must map module names to numbers, got {patterns!r}")
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise InputError(f"{where}: pattern {pattern!r} is not a regular expression ({error})") from error
+        check_pattern(pattern, str(where))
+        if whole_name(rf"(.*\.)?({pattern})", module, str(where)):
+            return value
     return default

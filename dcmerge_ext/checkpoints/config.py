@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from dcmerge_ext.checkpoints.patterns import check_pattern
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods.registry import explain, nearest
 
@@ -78,6 +80,9 @@ def parse_size(name: str, size: str | int) -> int:
     return int(float(match[1]) * factor)
 
 
+_MOST_VALUES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people write numbers: 1e-3 is one (YAML 1.2), where YAML 1.1 sees a string."""
 
@@ -88,8 +93,32 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Parse YAML, plain data only. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    """Parse YAML, plain data only, of a size that aliases cannot blow up. Raises yaml.YAMLError."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _values(node, {}) > _MOST_VALUES:
+                raise yaml.YAMLError(f"its aliases make it more than {_MOST_VALUES} values, or endless")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        # what its constructors of numbers, dates and tags let through
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values below a node with every alias written out; infinite where one refers to itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        below: Any = () if isinstance(node, yaml.ScalarNode) else node.value
+        known[id(node)] = 1 + sum(
+            sum(_values(n, known) for n in item) if isinstance(item, tuple) else _values(item, known) for item in below
+        )
+    return known[id(node)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -121,12 +150,13 @@ def build_config(values: Mapping[str, Any], where: str = "configuration") -> Mer
     ):
         if values.get(required) is None:
             raise OptionError(f"{where}: {required} is missing; {remedy} (see dcmerge merge --help)")
-    if not str(values["out"]).strip():
-        raise OptionError(f"{where}: out is empty; give --out DIR for the merged model")
+    _check_out(str(values["out"]), where)
     try:
         config = msgspec.convert(dict(values), MergeConfig)
     except msgspec.ValidationError as error:
         raise OptionError(f"{where}: {explain(error, MergeConfig)}") from error
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{where}: {error.object!r} is no text (half of a surrogate pair)") from error
     for name, scale in [
         ("scale", config.scale),
         *((f"scale of override {o.match!r}", o.scale) for o in config.overrides),
@@ -134,11 +164,17 @@ def build_config(values: Mapping[str, Any], where: str = "configuration") -> Mer
         if scale is not None and not math.isfinite(scale):
             raise OptionError(f"{where}: {name} must be a finite number, got {scale}")
     for override in config.overrides:
-        try:
-            re.compile(override.match)
-        except re.error as error:
-            raise OptionError(
-                f"{where}: override pattern {override.match!r} is not a regular expression ({error})"
-            ) from error
+        check_pattern(override.match, f"{where}: override", OptionError)
     _ = config.shard_bytes, config.memory_bytes
     return config
+
+
+def _check_out(out: str, where: str) -> None:
+    if not out.strip():
+        raise OptionError(f"{where}: out is empty; give --out DIR for the merged model")
+    try:
+        os.fsencode(Path(out).expanduser())
+    except (RuntimeError, ValueError) as error:  # no such user, half of a surrogate pair
+        raise OptionError(f"{where}: out {out!r} is no path ({error})") from error
+    if "\0" in out:
+        raise OptionError(f"{where}: out {out!r} holds a null character")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -14,11 +13,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from dcmerge_ext.checkpoints.blame import of_tensor
 from dcmerge_ext.checkpoints.memory import MemoryBudget, is_side_by_side, peak_bytes, workers
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
-from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
+from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import survey_model
 from dcmerge_ext.methods.base import Context, Method, SurveyState
@@ -100,15 +100,16 @@ class Executor:
         merge_panel = self._merger(tensor, context, whole)
         for rows in [None] if whole else tensor.panels():
             norms = [0.0] * self.plan.num_tasks
-            base = self.plan.base.read(tensor.name, rows)
-            if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
-                _digest(digests[0], base)
-            updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
-            with _named(tensor), stage("merge"):
-                merged = merge_panel(updates)
-            _accumulate(result.facts, "update_norms", norms)
-            _accumulate(result.facts, "merged_norm", [_norm(merged)])
-            sink(rows, base, merged, result.facts)
+            with of_tensor(tensor.name):
+                base = self.plan.base.read(tensor.name, rows)
+                if not isinstance(self.plan.base, VirtualBase):  # zeros of the full size, stored nowhere
+                    _digest(digests[0], base)
+                updates = load_updates(self.plan, tensor, rows, base, self.device, norms, digests[1:])
+                with stage("merge"):
+                    merged = merge_panel(updates)
+                _accumulate(result.facts, "update_norms", norms)
+                _accumulate(result.facts, "merged_norm", [_norm(merged)])
+                sink(rows, base, merged, result.facts)
             self._advance(base.nbytes)
         result.seconds = time.perf_counter() - started
         result.digests = [digest.digest() for digest in digests]
@@ -125,7 +126,7 @@ class Executor:
             for rows in tensor.panels():
                 yield load_updates(self.plan, tensor, rows, self.plan.base.read(tensor.name, rows), self.device)
 
-        with _named(tensor):
+        with of_tensor(tensor.name):
             return method.prepare(tensor.specs, panels, context)
 
     def write(self, tensor: TensorPlan, store: Store) -> TensorResult:
@@ -201,18 +202,10 @@ class Executor:
 
     def _survey(self, method: Method, tensor: TensorPlan, state: SurveyState) -> None:
         for rows in tensor.panels():
-            base = self.plan.base.read(tensor.name, rows)
-            method.survey(tensor.name, load_updates(self.plan, tensor, rows, base, self.device), state)
+            with of_tensor(tensor.name):
+                base = self.plan.base.read(tensor.name, rows)
+                method.survey(tensor.name, load_updates(self.plan, tensor, rows, base, self.device), state)
             self._advance(base.nbytes)
-
-
-@contextmanager
-def _named(tensor: TensorPlan) -> Iterator[None]:
-    """Errors of a method inside the block name the tensor."""
-    try:
-        yield
-    except (ConvergenceError, OptionError) as error:
-        raise type(error)(f"tensor {tensor.name!r}: {error}") from error
 
 
 def content_digest(results: Sequence[TensorResult], index: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dcmerge_ext.checkpoints.pickles import check_archive, check_entry
 from dcmerge_ext.checkpoints.source import StateDict, TensorSource, TensorSpec
 from dcmerge_ext.errors import InputError
 
@@ -26,6 +29,10 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MOST_DIMENSIONS = 64
+"""Of a tensor in torch."""
+_LARGEST_JSON = 256 << 20
+"""Bytes. Python needs up to thirty times as much; an index of 100,000 tensors takes 10 MB."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -45,7 +52,12 @@ class SafetensorsFile:
                 dtype = SAFETENSORS_DTYPES.get(header.get_dtype())
                 if dtype is None:
                     raise _unmergeable(path, name, header.get_dtype())
-                self.specs[name] = TensorSpec(tuple(header.get_shape()), dtype)
+                shape = tuple(header.get_shape())
+                if prod(side or 1 for side in shape) >= 1 << 48 or len(shape) > _MOST_DIMENSIONS:
+                    raise InputError(
+                        f"{path}: tensor {name!r} has shape {list(shape)}, which no tensor can have; save it again"
+                    )
+                self.specs[name] = TensorSpec(shape, dtype)
         except SafetensorError as error:
             raise InputError(f"{path}: not a complete safetensors file ({error}); download or save it again") from error
         except OSError as error:
@@ -62,26 +74,27 @@ class SafetensorsFile:
 def open_pickle(path: Path) -> StateDict:
     """A ``.bin`` / ``.pt`` state dict, mapped where its format allows; code in the pickle is refused, never run."""
     try:
+        check_archive(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before torch 1.6: no mapping
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except OSError as error:
         raise unreadable(path, error) from error
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path}: refused, the pickle holds more than tensors (weights_only): {_first_line(error)}; "
+            f"{path}: refused, the pickle holds more than tensors (weights_only): {_refusal(error)}; "
             "ask its author for safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle may call what it is allowed to with any arguments
         raise InputError(f"{path}: not a complete torch file ({_first_line(error)}); save it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict()")
+    size = path.stat().st_size
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise InputError(
-                f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; save model.state_dict() alone"
-            )
+        check_entry(path, size, name, tensor)
         if tensor.dtype not in SAFETENSORS_DTYPES.values():
             raise _unmergeable(path, name, str(tensor.dtype).removeprefix("torch."))
     return StateDict(content, str(path))
@@ -89,6 +102,8 @@ def open_pickle(path: Path) -> StateDict:
 
 def open_weights(path: Path) -> TensorSource:
     """Open one weight file by its suffix."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file (a directory, a pipe or a device)")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -101,14 +116,35 @@ def open_weights(path: Path) -> TensorSource:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
+        if not path.is_file():
+            path.stat()
+            raise InputError(f"{path}: is not a file (a directory, a pipe or a device)")
+        if path.stat().st_size > _LARGEST_JSON:
+            raise InputError(f"{path}: larger than {_LARGEST_JSON >> 20} MiB, which no such file is; save it again")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise unreadable(path, error) from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply; save it again") from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: needs a JSON object, holds a {type(content).__name__}")
     return content
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Refuse a link out of ``folder`` where the file's content goes into the output, which is often given on.
+
+    Links into a download cache are fine: huggingface_hub keeps contents in models--OWNER--NAME/blobs.
+
+    Raises:
+        InputError: the link leads out.
+    """
+    target = file.resolve()
+    download = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if folder.resolve() not in target.parents and not download:
+        raise InputError(f"{file}: is a link to {target}, outside its folder; put a copy in its place, or remove it")
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
@@ -120,6 +156,12 @@ def _unmergeable(path: Path, name: str, dtype: str) -> InputError:
         f"{path}: tensor {name!r} has dtype {dtype}, which cannot be merged; "
         "dequantise or convert the model to float32, bfloat16 or float16 first"
     )
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """What torch refused, out of a page of advice to load it all the same."""
+    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    return found[1] if found else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,9 +17,12 @@ def locate(name: str | Path) -> Path:
     Raises:
         InputError: neither is there.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a null character
+        raise InputError(f"{name}: no such file or directory ({error})") from error
     if not _HUB_ID.fullmatch(str(name)):
         raise InputError(f"{name}: no such file or directory")
     try:

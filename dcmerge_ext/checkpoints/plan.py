@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dcmerge_ext.checkpoints.config import Action, MergeConfig, Override
+from dcmerge_ext.checkpoints.patterns import whole_name
 from dcmerge_ext.checkpoints.source import TensorSource, TensorSpec
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.errors import InputError, OptionError
@@ -175,7 +176,7 @@ class _Planner:
 
     def tensor(self, name: str) -> TensorPlan:
         base = self.base.specs[name]
-        override = next((o for o in self.config.overrides if re.fullmatch(o.match, name)), None)
+        override = next((o for o in self.config.overrides if whole_name(o.match, name, "override", OptionError)), None)
         if override is not None:
             self.override_uses[override.match] = True
         out_dtype = self._out_dtype(base.dtype)

@@ -23,7 +23,7 @@ from dcmerge_ext.checkpoints.journal import Earlier, has_finished, read_journals
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.memory import MemoryBudget, watched_memory
 from dcmerge_ext.checkpoints.model import ModelFiles
-from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, shard_layout, write_model
+from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, shard_layout, side_files, write_model
 from dcmerge_ext.checkpoints.output import Existing, check_output, check_space, partial_of, work_directory
 from dcmerge_ext.checkpoints.plan import Plan, make_plan
 from dcmerge_ext.checkpoints.record import make_record, rounding_warnings, write_record
@@ -108,6 +108,8 @@ def _prepare(config: MergeConfig) -> Prepared:
     save_as = config.save_as or ("adapter" if base_path is None else "full")
     if save_as == "full" and config.adapter_rank is not None:
         raise OptionError("adapter_rank belongs to --save-as adapter")
+    if save_as == "full" and base_path is not None:
+        side_files(base_path)  # what is wrong with them is an error now
     return Prepared.of(config, plan, save_as, base_path)
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
+from dcmerge_ext.checkpoints.blame import of_tensor
 from dcmerge_ext.checkpoints.config import MergeConfig
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult, load_updates
-from dcmerge_ext.checkpoints.files import read_json
+from dcmerge_ext.checkpoints.files import unreadable
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.output import RECORD_NAME
+from dcmerge_ext.checkpoints.patterns import whole_name
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, make_plan
 from dcmerge_ext.checkpoints.run import compute_device, lora_scale_of, open_inputs
 from dcmerge_ext.comparison.measure import Smooth, measure
+from dcmerge_ext.comparison.record import Record, read_record
 from dcmerge_ext.comparison.result import SCHEMA, Comparison, Matrix, Other, summarize
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.lowrank import LowRank, Update
@@ -55,7 +57,7 @@ def compare(
         InputError: inputs that are missing, or do not fit together.   ConvergenceError: an SVD failed (NaN).
     """
     path = locate(merged)
-    record = _record(path)
+    record = read_record(path)
     config = _config(path, record, base, tasks, weights, device)
     plan = _plan(config, match)
     smooth = _smoothing(record)
@@ -66,6 +68,13 @@ def compare(
         raise OptionError(f"compare: rank must be 1 or more, got {rank}")
 
     def work(tensor: TensorPlan) -> TensorResult:
+        with of_tensor(tensor.name):
+            look(tensor)
+        done.append(tensor.name)
+        advance(len(done), len(changed))
+        return TensorResult(tensor.name, tensor.action)
+
+    def look(tensor: TensorPlan) -> None:
         stored = plan.base.read(tensor.name)
         everything = load_updates(plan, tensor, None, stored, executor.device)
         updates, result = Updates(everything.specs[:-1], lambda i: everything[i]), everything[-1]
@@ -76,9 +85,6 @@ def compare(
         else:
             near = [None if spec.rank == 0 else _cosine(updates[i], result) for i, spec in enumerate(updates.specs)]
             others[tensor.name] = Other(tensor.name, list(stored.shape), near)
-        done.append(tensor.name)
-        advance(len(done), len(changed))
-        return TensorResult(tensor.name, tensor.action)
 
     executor = Executor(plan, compute_device(config.device))
     changed = [t for t in plan.tensors if any(spec.rank != 0 for spec in t.specs[:-1])]
@@ -92,74 +98,71 @@ def compare(
         config.base,
         list(config.tasks[:-1]),
         list(plan.weights[:-1]),
-        record.get("method"),
-        record.get("options", {}),
-        record.get("scale"),
+        record.method,
+        record.options,
+        record.scale,
         summarize(compared, plan.num_tasks - 1),
         compared,
         [others[t.name] for t in changed if t.name in others],
     )
 
 
-def _record(path: Path) -> Mapping[str, Any]:
-    return read_json(path / RECORD_NAME) if (path / RECORD_NAME).is_file() else {}
-
-
 def _config(
     path: Path,
-    record: Mapping[str, Any],
+    record: Record,
     base: str | Path | None,
     tasks: Sequence[str | Path] | None,
     weights: Sequence[float] | None,
     device: Any,
 ) -> MergeConfig:
     """The inputs as a configuration whose last task is the merged checkpoint itself."""
-    if tasks is None and "tasks" not in record:
+    before = record.config
+    if tasks is None and before is None:
         raise InputError(
             f"{path}: has no {RECORD_NAME} that names its tasks; give them (--task), and the base (--base)"
         )
-    before = record.get("config", {})
-    named = [str(task) for task in tasks] if tasks is not None else list(before["tasks"])
+    earlier = before.tasks if before else []
+    named = [str(task) for task in tasks] if tasks is not None else earlier
     if not named:
         raise InputError("compare: tasks is empty; give at least one")
-    if before and len(named) != len(before["tasks"]):
+    if before and len(named) != len(earlier):
         raise InputError(
-            f"compare: {len(named)} tasks for a merge of {len(before['tasks'])}; give all of them, in the order of {RECORD_NAME}"
+            f"compare: {len(named)} tasks for a merge of {len(earlier)}; give all of them, in the order of {RECORD_NAME}"
         )
-    if weights is None and len(record.get("weights", ())) == len(named):
-        weights = record["weights"]
+    if weights is None and record.weights is not None and len(record.weights) == len(named):
+        weights = record.weights
     return MergeConfig(
         tasks=[*named, str(path)],
         out="",
-        base=str(base) if base is not None else before.get("base"),
+        base=str(base) if base is not None else before.base if before else None,
         method="dc_merge",  # a method of matrices: what it would merge is what is compared
         weights=[*check_weights(weights, len(named)), 1.0],
         device=device,
-        vocab=before.get("vocab", "error"),
+        vocab=before.vocab if before else "error",
         extra="ignore",
-        lora_scale=lora_scale_of(msgspec.convert(before, MergeConfig)) if before else "apply",
+        lora_scale=lora_scale_of(before) if before else "apply",
     )
 
 
 def _plan(config: MergeConfig, match: str | None) -> Plan:
     base_path = None if config.base is None else locate(config.base)
-    base, tasks = open_inputs([locate(task) for task in config.tasks], base_path, config.lora_scale)
+    try:
+        base, tasks = open_inputs([locate(task) for task in config.tasks], base_path, config.lora_scale)
+    except OSError as error:
+        raise unreadable(Path(error.filename or config.tasks[-1]), error) from error
     plan = make_plan(base, tasks, config, with_base=base_path is not None)
     if match is None:
         return plan
-    try:
-        chosen = tuple(t for t in plan.tensors if re.fullmatch(match, t.name))
-    except re.error as error:
-        raise OptionError(f"--match {match}: not a regular expression ({error})") from error
+    chosen = tuple(t for t in plan.tensors if whole_name(match, t.name, "--match", OptionError))
     if not chosen:
         raise OptionError(f"--match {match}: fits the whole name of none of {len(plan.tensors)} tensors")
     return Plan(plan.base, plan.tasks, plan.weights, plan.method, plan.scale, chosen, plan.notes)
 
 
-def _smoothing(record: Mapping[str, Any]) -> Smooth | None:
-    if record.get("method") != DCMerge.name:
+def _smoothing(record: Record) -> Smooth | None:
+    if record.method != DCMerge.name:
         return None
-    method = create(DCMerge.name, {k: v for k, v in record["options"].items() if v is not None})
+    method = create(DCMerge.name, {k: v for k, v in record.options.items() if v is not None})
     assert isinstance(method, DCMerge)
     return method.smoothed
 
@@ -178,8 +181,8 @@ def _round_off(plan: Plan, tensor: TensorPlan, merged: Update) -> float:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sorts layer 2 before layer 10: shorter numbers first, which int() would not take at any length."""
+    return [(len(part.lstrip("0")), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _cosine(update: Any, merged: Any) -> float:

@@ -142,6 +142,6 @@ def preset_of(cls: type[Method], options: Mapping[str, Any]) -> Preset | None:
     name = options.get("official")
     if name is None:
         return None
-    if name not in cls.presets:
+    if not isinstance(name, str) or name not in cls.presets:
         raise OptionError(f"method {cls.name!r} has no preset {name!r}; it has: {', '.join(cls.presets) or 'none'}")
     return cls.presets[name]
