@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dcmerge_ext import merge_checkpoints
-from dcmerge_ext.checkpoints import machine, memory
+from dcmerge_ext.checkpoints import disk, memory
 from dcmerge_ext.checkpoints.config import build_config
 from dcmerge_ext.checkpoints.estimate import estimate
 from dcmerge_ext.checkpoints.memory import MemoryBudget, anonymous_bytes, peak_bytes, watched_memory
@@ -162,18 +162,17 @@ class TestPlan:
         assert memory.plan_peak(plan) == sum(sizes[: memory.workers()]) + memory._FIXED_BYTES
 
 
-class TestMachine:
+class TestDisk:
     def test_a_file_just_written_is_cached(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         path.write_bytes(bytes(1 << 20))
-        assert machine.cached_fraction([path]) in (0.0, 1.0)  # 0 where the file system does not tell
-        assert machine.cached_fraction([]) == 0
+        assert disk.cached_fraction([path]) in (0.0, 1.0)  # 0 where the file system does not tell
+        assert disk.cached_fraction([]) == 0
 
     def test_rates_are_rates(self, tmp_path: Path) -> None:
         path, empty = tmp_path / "file", tmp_path / "empty"
         path.write_bytes(bytes(1 << 20))
         empty.touch()
-        assert machine.product_rate() > 1e8
-        assert machine.read_rate([path, empty]) > 1e6
-        assert machine.write_rate(tmp_path) > 1e6
+        assert disk.read_rate([path, empty]) > 1e6
+        assert disk.write_rate(tmp_path) > 1e6
         assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file"]

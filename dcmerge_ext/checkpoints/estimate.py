@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 
-from dcmerge_ext.checkpoints import machine
+from dcmerge_ext.checkpoints import disk
 from dcmerge_ext.checkpoints.config import MergeConfig
 from dcmerge_ext.checkpoints.execute import Executor
 from dcmerge_ext.checkpoints.memory import plan_peak, workers
@@ -53,16 +53,16 @@ def estimate(plan: Plan, written_bytes: int, out: Path) -> Estimate:
     files = sorted(path for path in _files(plan) if path.is_file())
     read_seconds = 0.0
     if files:
-        fits = once < machine.available_memory()  # then further passes find it in the page cache
-        if cold := once * (1 - machine.cached_fraction(files)) if fits else total:
-            read_seconds = cold / machine.read_rate(files)
+        fits = once < disk.available_memory()  # then further passes find it in the page cache
+        if cold := once * (1 - disk.cached_fraction(files)) if fits else total:
+            read_seconds = cold / disk.read_rate(files)
     place = next(parent for parent in out.absolute().parents if parent.is_dir())
     return Estimate(
         total,
         written_bytes,
         read_seconds,
         _compute_seconds(plan),
-        written_bytes / machine.write_rate(place),
+        written_bytes / disk.write_rate(place),
         plan_peak(plan),
     )
 
@@ -79,7 +79,7 @@ def _passes(tensor: TensorPlan) -> int:
 def _read_bytes(tensor: TensorPlan) -> int:
     if tensor.action == "copy":
         return tensor.base.nbytes
-    side = tensor.base.shape[0] + prod(tensor.base.shape[1:]) if tensor.base.shape else 1
+    side = tensor.base.shape[0] + math.prod(tensor.base.shape[1:]) if tensor.base.shape else 1
     tasks = sum(tensor.base.numel if spec.rank is None else spec.rank * side for spec in tensor.specs)
     return tensor.base.nbytes + tasks * tensor.base.dtype.itemsize
 
@@ -168,7 +168,8 @@ def _rate(method: Method, specs: tuple[UpdateSpec, ...], num_tasks: int) -> floa
         state = survey_model(method, num_tasks, torch.float32, lambda s: method.survey("trial", updates, s))
         method.merge(updates, Context(num_tasks, "trial", state))
 
-    return method.flops(specs, num_tasks) / _best(run) if method.flops(specs, num_tasks) else machine.product_rate()
+    operations = method.flops(specs, num_tasks)
+    return operations / _best(run) if operations else math.inf
 
 
 def _best(run: Callable[[], None]) -> float:

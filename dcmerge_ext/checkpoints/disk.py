@@ -1,4 +1,4 @@
-"""What this machine does in a second, measured in about as long."""
+"""Disks and page cache of this machine, measured in about a second."""
 
 from __future__ import annotations
 
@@ -11,26 +11,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-_SIDE = 1024
 _SAMPLE = 256 << 20
 """Bytes read and written to measure a disk: much more than its own buffers would be better, and take longer."""
 _STRETCH = 8 << 20
 _PIECE = 4 << 20
 _PROBES = 64
-
-
-def product_rate() -> float:
-    """Operations per second of a float32 matrix product on all threads."""
-    matrix = torch.ones(_SIDE, _SIDE)
-    return 2.0 * _SIDE**3 / min(_seconds_of_product(matrix) for _ in range(4))
-
-
-def _seconds_of_product(matrix: torch.Tensor) -> float:
-    started = time.perf_counter()
-    matrix @ matrix
-    return time.perf_counter() - started
 
 
 def read_rate(paths: Sequence[Path]) -> float:
