@@ -120,6 +120,16 @@ class TestStages:
         theirs = Counter(e.name for e in seen.events() if e.is_user_annotation)
         assert theirs == ours
 
+    def test_nvtx_ranges_and_waiting_for_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+        monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: calls.append(f"push {name}"))
+        monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+        with collect(torch.device("cuda")), stage("outer"), stage("inner"):
+            pass
+        assert calls == ["push outer", "push inner", "wait", "pop", "wait", "pop"]
+
     def test_flops_are_those_of_the_shapes(self, one_thread: None) -> None:
         with collect(CPU) as collector:
             dcm.truncated_svd(torch.stack(updates()), 5)
