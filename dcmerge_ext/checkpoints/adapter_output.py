@@ -168,7 +168,8 @@ class AdapterOutput:
             return executor.write(tensor, lambda name, rows, values: files.write(self._value_key(name), rows, values))
 
         results = work.fill(executor, tensors, self.layout(), names, merge)
-        (work.directory / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+        if work.processes.first:
+            (work.directory / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
         return results
 
 

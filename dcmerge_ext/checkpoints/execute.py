@@ -14,10 +14,12 @@ import xxhash
 from torch import Tensor
 
 from dcmerge_ext.checkpoints.blame import of_tensor
+from dcmerge_ext.checkpoints.deal import deal
 from dcmerge_ext.checkpoints.memory import MemoryBudget, is_side_by_side, peak_bytes, workers
 from dcmerge_ext.checkpoints.plan import Plan, TensorPlan, survey_dtype
 from dcmerge_ext.checkpoints.tasks import Task
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
+from dcmerge_ext.distributed import Processes
 from dcmerge_ext.errors import InputError
 from dcmerge_ext.lowrank import LowRank, Update
 from dcmerge_ext.methods.apply import survey_model
@@ -50,13 +52,19 @@ class Executor:
     """Merges the tensors of a plan; surveys of whole-model methods run first, when they are needed."""
 
     def __init__(
-        self, plan: Plan, device: torch.device, advance: Advance = lambda _: None, max_memory: int | None = None
+        self,
+        plan: Plan,
+        device: torch.device,
+        advance: Advance = lambda _: None,
+        processes: Processes | None = None,
+        max_memory: int | None = None,
     ) -> None:
         """``max_memory``: bytes of anonymous memory that the process may hold; see :class:`MemoryBudget`."""
         self.plan = plan
         self.device = device
         self._budget = MemoryBudget(max_memory)
         self._advance = advance
+        self._processes = processes or Processes()
         self._states: dict[Method, Any] = {}
 
     def run(self, tensors: Sequence[TensorPlan], work: Callable[[TensorPlan], TensorResult]) -> list[TensorResult]:
@@ -176,10 +184,11 @@ class Executor:
         return stored
 
     def survey(self, method: Method | None) -> None:
-        """The surveys of a whole-model method, over every tensor it merges."""
+        """The surveys of a whole-model method, over every tensor it merges. All processes call it, and see a share each."""
         if method is None or method.scope != "model" or method in self._states:
             return
         tensors = [t for t in self.plan.tensors if t.action == "merge" and t.method == method]
+        mine = deal(tensors, self._processes.size)[self._processes.rank]
 
         def visit(state: SurveyState) -> None:
             shares: SimpleQueue[SurveyState] = SimpleQueue()
@@ -187,6 +196,7 @@ class Executor:
                 shares.put(state.fork())
 
             def see(tensor: TensorPlan) -> None:
+                self._processes.check()
                 share = shares.get()  # at most as many tensors at a time as there are shares
                 try:
                     with self._budget.hold(peak_bytes(self.plan, tensor)):
@@ -194,9 +204,11 @@ class Executor:
                 finally:
                     shares.put(share)
 
-            self._side_by_side(tensors, by_tensor(see, "survey"))
+            self._side_by_side(mine, by_tensor(see, "survey"))
+            seen = state.fork()
             while not shares.empty():
-                state.join(shares.get())
+                seen.join(shares.get())
+            state.join(self._processes.total(seen))
 
         self._states[method] = survey_model(method, self.plan.num_tasks, survey_dtype(tensors), visit)
 

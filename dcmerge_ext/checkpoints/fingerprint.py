@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,21 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], partial: P
             f"{partial}: was begun by another run: {'; '.join(changes[:_SHOWN])}{more}; "
             "put that back to continue it, or start anew with --overwrite instead of --resume"
         )
+
+
+def refuse_differences(described: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError where processes that merge one model together do not run the same. ``described``: by process.
+
+    Times of files do not count: every machine may have its own copy of the inputs.
+    """
+    first, *others = ({**d, "inputs": {k: {**v, "modified_ns": 0} for k, v in d["inputs"].items()}} for d in described)
+    for rank, other in enumerate(others, 1):
+        changes = [text for part in first for text in _changes(part, first[part], other[part])]
+        if changes:
+            raise InputError(
+                f"process {rank} does not run the same as process 0: {'; '.join(changes[:_SHOWN])}; "
+                "give all processes the same files, versions and threads (OMP_NUM_THREADS)"
+            )
 
 
 def _changes(part: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -47,7 +47,7 @@ def write_model(executor: Executor, layout: Layout, work: Work) -> list[TensorRe
     results = work.fill(
         executor, executor.plan.tensors, layout, {}, lambda tensor, files: executor.write(tensor, files.write)
     )
-    if len(layout) > 1:
+    if len(layout) > 1 and work.processes.first:
         index = {
             "metadata": {"total_size": sum(s.nbytes for specs in layout.values() for s in specs.values())},
             "weight_map": {name: file for file, specs in layout.items() for name in specs},

@@ -6,11 +6,15 @@ import errno
 import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
+from dcmerge_ext.distributed import Processes
 from dcmerge_ext.errors import InputError, RunError
 
 logger = logging.getLogger(__name__)
@@ -18,6 +22,9 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "dcmerge.json"
 JOURNALS = "journal-*.jsonl"
 """What :mod:`~dcmerge_ext.checkpoints.journal` keeps in the work directory; never part of an output."""
+
+_SEEN_WITHIN_SECONDS = 60.0
+"""A network file system may remember for so long that a name is not there."""
 
 Existing = Literal["refuse", "replace", "continue"]
 """What to do with a work directory that is there already."""
@@ -110,6 +117,28 @@ def work_directory(
         elif kept:
             logger.warning("%s", left)
         raise
+
+
+def check_shared(partial: Path, processes: Processes) -> None:
+    """Raise InputError in every process where some do not see the work directory that the first one made."""
+    if processes.size == 1:
+        return
+    token = partial / f"shared-{processes.gather(uuid4().hex)[0]}"
+    if processes.first:
+        token.touch()
+    processes.meet()
+    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    machines = processes.gather(None if seen else socket.gethostname())
+    if processes.first:
+        token.unlink()
+    for rank, machine in enumerate(machines):
+        if machine is not None:
+            raise InputError(
+                f"{partial}: process {rank} on {machine} does not see what process 0 writes there; "
+                "--out must lie on a file system that all machines share, by the same path"
+            )
 
 
 @contextmanager

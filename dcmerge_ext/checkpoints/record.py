@@ -61,7 +61,7 @@ def make_record(
     return {
         "versions": versions(),
         "backends": {name: text.split(":", 1)[0] for name, text in backends().items()},
-        "device": str(device),
+        "device": device.type,
         "method": method.name,
         "paper": method.paper,
         "options": msgspec.to_builtins(method),

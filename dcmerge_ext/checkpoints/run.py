@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from dcmerge_ext.checkpoints.adapter_output import AdapterOutput
 from dcmerge_ext.checkpoints.config import MergeConfig, build_config
 from dcmerge_ext.checkpoints.execute import Executor, TensorResult
 from dcmerge_ext.checkpoints.files import unreadable
-from dcmerge_ext.checkpoints.fingerprint import fingerprint, refuse_changes
-from dcmerge_ext.checkpoints.journal import Earlier, has_finished, read_journals
+from dcmerge_ext.checkpoints.fingerprint import fingerprint, refuse_changes, refuse_differences
+from dcmerge_ext.checkpoints.journal import Earlier, Entry, has_finished, read_journals
 from dcmerge_ext.checkpoints.locate import locate
 from dcmerge_ext.checkpoints.memory import MemoryBudget, watched_memory
 from dcmerge_ext.checkpoints.model import ModelFiles
 from dcmerge_ext.checkpoints.model_output import copy_side_files, output_specs, shard_layout, side_files, write_model
-from dcmerge_ext.checkpoints.output import Existing, check_output, check_space, partial_of, work_directory
+from dcmerge_ext.checkpoints.output import Existing, check_output, check_shared, check_space, partial_of, work_directory
 from dcmerge_ext.checkpoints.plan import Plan, make_plan
 from dcmerge_ext.checkpoints.record import make_record, rounding_warnings, write_record
 from dcmerge_ext.checkpoints.source import TensorSource
@@ -33,6 +34,7 @@ from dcmerge_ext.checkpoints.verify import verify_output
 from dcmerge_ext.checkpoints.virtual_base import VirtualBase
 from dcmerge_ext.checkpoints.weight_files import Layout
 from dcmerge_ext.checkpoints.work import Work
+from dcmerge_ext.distributed import Processes
 from dcmerge_ext.errors import InputError, OptionError
 from dcmerge_ext.methods.registry import list_methods, preset_of
 
@@ -138,30 +140,53 @@ def open_inputs(
     ]
 
 
-def run(prepared: Prepared, advance: Callable[[int], None] = lambda _: None) -> MergeReport:
-    """Carry out a prepared merge. ``advance`` is told bytes worked through, :func:`~dcmerge_ext.checkpoints.execute.work_bytes` in total.
+def run(
+    prepared: Prepared, advance: Callable[[int], None] = lambda _: None, processes: Processes | None = None
+) -> MergeReport:
+    """Carry out a prepared merge.
 
+    Args:
+        advance: told bytes worked through, :func:`~dcmerge_ext.checkpoints.execute.work_bytes` in total.
+        processes: this one and others that have prepared the same merge (:func:`dcmerge_ext.distributed.joined`).
     Raises:
         InputError: data that headers could not show (NaN); nothing is left.   RunError: writing failed, and what is
             finished stays for ``resume``; or the output is not what was written (``verify``).
     """
+    processes = processes or Processes()
     config, out = prepared.config, Path(prepared.config.out).expanduser()
     started = time.perf_counter()
-    check_space(out, prepared.output_bytes + METADATA_BYTES)
-    executor = Executor(prepared.plan, compute_device(config.device), advance, config.memory_bytes)
-    described = fingerprint(config, prepared.plan, executor.device)
-    earlier = _earlier(config, out, described)
-    existing: Existing = "continue" if earlier else "replace" if config.overwrite or config.resume else "refuse"
-    with work_directory(out, existing, has_finished) as directory, watched_memory() as peak:
-        work = Work(directory, described, earlier.entries if earlier else {}, advance)
+    device = compute_device(config.device, processes)
+    described = processes.gather(fingerprint(config, prepared.plan, device))
+    refuse_differences(described)
+    told = _of_all(advance, processes)
+    executor = Executor(prepared.plan, device, told, processes, config.memory_bytes)
+    # The first process makes the directory and takes it away; a failure of any one reaches it inside the block.
+    with ExitStack() as stack:
+        peak = stack.enter_context(watched_memory())
+        finished: dict[str, Entry] = {}
+        if processes.first:
+            check_space(out, prepared.output_bytes + METADATA_BYTES)
+            earlier = _earlier(config, out, described[0])
+            finished = earlier.entries if earlier else {}
+            existing: Existing = "continue" if earlier else "replace" if config.overwrite or config.resume else "refuse"
+            stack.enter_context(work_directory(out, existing, has_finished))
+        check_shared(partial_of(out), processes)
+        work = Work(partial_of(out), described[0], processes.gather(finished)[0], told, processes)
         results = write_output(prepared, executor, work)
-        report = finish(prepared, executor.device, directory, results, started, work.warnings, peak())
-    for warning in rounding_warnings(prepared.plan, results):
-        logger.warning("%s", warning)
-    if config.verify:
+        directory = work.directory if processes.first else None
+        report = finish(prepared, device, directory, results, started, work.warnings, peak())
+    if processes.first:
+        for warning in rounding_warnings(prepared.plan, results):
+            logger.warning("%s", warning)
+    if processes.first and config.verify:
         copied = [t.name for t in prepared.plan.tensors if t.action == "copy"]
         verify_output(out, prepared.layout, work.digests, adapter=prepared.adapter is not None, as_given=copied)
     return report
+
+
+def _of_all(advance: Callable[[int], None], processes: Processes) -> Callable[[int], None]:
+    """``advance`` as if the other processes had come as far as this one."""
+    return lambda nbytes: advance(nbytes * processes.size)
 
 
 def _earlier(config: MergeConfig, out: Path, described: Mapping[str, Any]) -> Earlier | None:
@@ -187,6 +212,8 @@ def write_output(prepared: Prepared, executor: Executor, work: Work) -> list[Ten
     if prepared.adapter is not None:
         return prepared.adapter.write(executor, work)
     results = write_model(executor, prepared.layout, work)
+    if not work.processes.first:
+        return results
     assert prepared.base_path is not None
     dtype = prepared.config.dtype
     copy_side_files(prepared.base_path, work.directory, None if dtype == "keep" else getattr(torch, dtype))
@@ -196,7 +223,7 @@ def write_output(prepared: Prepared, executor: Executor, work: Work) -> list[Ten
 def finish(
     prepared: Prepared,
     device: torch.device,
-    directory: Path,
+    directory: Path | None,
     results: Sequence[TensorResult],
     started: float,
     warned: Sequence[str],
@@ -205,12 +232,13 @@ def finish(
 ) -> MergeReport:
     """Write the record, with what the methods ``warned`` of and further ``facts``, beside the weights.
 
-    ``started``: of ``time.perf_counter``.
+    ``directory``: None where another process writes it.   ``started``: of ``time.perf_counter``.
     """
     config = msgspec.structs.replace(prepared.config, save_as=prepared.save_as)
     record = {**make_record(prepared.plan, config, device, results, warned), **facts}
     seconds = time.perf_counter() - started
-    write_record(directory, record, results, seconds, peak_bytes)
+    if directory is not None:
+        write_record(directory, record, results, seconds, peak_bytes)
     return MergeReport(Path(config.out).expanduser(), seconds, peak_bytes, record)
 
 
@@ -350,9 +378,12 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def compute_device(name: str) -> torch.device:
+def compute_device(name: str, processes: Processes | None = None) -> torch.device:
+    """The device of that name; of the processes of a machine each has the next GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda: this torch finds no CUDA device; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes is not None and processes.size > 1:
+        return torch.device(name, processes.local_rank % torch.cuda.device_count())
     return torch.device(name)

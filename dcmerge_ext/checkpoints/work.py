@@ -1,20 +1,22 @@
-"""The tensors of a run: those that an earlier run has finished are taken as they are, the others merged and noted."""
+"""The tensors of a run: those that are finished are taken as they are, the others dealt out, merged and noted."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dcmerge_ext.checkpoints.deal import deal
 from dcmerge_ext.checkpoints.execute import Advance, Executor, TensorResult
 from dcmerge_ext.checkpoints.journal import Entry, Journal
 from dcmerge_ext.checkpoints.plan import TensorPlan
 from dcmerge_ext.checkpoints.record import gathered_warnings
 from dcmerge_ext.checkpoints.weight_files import Layout, WeightFiles
+from dcmerge_ext.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Work:
     entries: dict[str, Entry] = field(default_factory=dict)
     """What is finished, by tensor; to begin with, what an earlier run claims."""
     advance: Advance = lambda nbytes: None
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def warnings(self) -> list[str]:
@@ -61,14 +64,16 @@ class Work:
         Returns:
             What happened to each tensor, in their order.
         """
-        with WeightFiles(self.directory, layout) as files:
-            self._check(tensors, files)
+        with self._files(layout) as files:
+            self._forget_damaged(tensors, files)
             unfinished = [t for t in tensors if t.name not in self.entries]
+            mine = {t.name for t in deal(unfinished, self.processes.size)[self.processes.rank]}
             with self._journal(files) as journal, gathered_warnings() as warned:
                 told, noting = 0, threading.Lock()
 
                 def work(tensor: TensorPlan) -> TensorResult:
                     nonlocal told
+                    self.processes.check()
                     result = merge(tensor, files)
                     digests = files.written(names.get(tensor.name, [tensor.name]))
                     with noting:  # a warning stands in the journal no later than the tensor it is about
@@ -82,25 +87,48 @@ class Work:
                         journal.commit_if_due()
                     return result
 
-                executor.run(unfinished, work)
+                for method in dict.fromkeys(t.method for t in unfinished if t.action == "merge"):
+                    executor.survey(method)  # all processes together, whatever tensors they have
+                executor.run([t for t in unfinished if t.name in mine], work)
+        self._share(mine, warned)
         return [self.entries[t.name].result for t in tensors]
 
-    def _check(self, tensors: Sequence[TensorPlan], files: WeightFiles) -> None:
-        """Forget claims that the files do not bear out: the disk may have lost what it had confirmed."""
-        for tensor in tensors:
-            entry = self.entries.get(tensor.name)
-            if entry is None:
-                continue
-            if files.holds(entry.stored):
+    @contextmanager
+    def _files(self, layout: Layout) -> Iterator[WeightFiles]:
+        """Made by the first process, then opened by the others."""
+        if not self.processes.first:
+            self.processes.meet()
+        with WeightFiles(self.directory, layout, create=self.processes.first) as files:
+            if self.processes.first:
+                self.processes.meet()
+            yield files
+
+    def _share(self, mine: Collection[str], warned: Collection[str]) -> None:
+        """Learn what the other processes did; the first one says what they warned of."""
+        for entries in self.processes.gather({name: self.entries[name] for name in mine}):
+            self.entries.update(entries)
+        if self.processes.size > 1 and self.processes.first:
+            for message in self.warnings:
+                if message not in warned:
+                    logger.warning("%s", message)
+
+    def _forget_damaged(self, tensors: Sequence[TensorPlan], files: WeightFiles) -> None:
+        """Drop claims that the files do not bear out: a disk may lose what it had confirmed."""
+        claimed = [t for t in tensors if t.name in self.entries]
+        damaged = []
+        for tensor in claimed[self.processes.rank :: self.processes.size]:
+            if files.holds(self.entries[tensor.name].stored):
                 self.advance(tensor.base.nbytes)
-                continue
-            logger.warning("%s: tensor %r is damaged; it is merged again", self.directory, tensor.name)
-            del self.entries[tensor.name]
+            else:
+                damaged.append(tensor.name)
+        for name in (name for names in self.processes.gather(damaged) for name in names):
+            logger.warning("%s: tensor %r is damaged; it is merged again", self.directory, name)
+            del self.entries[name]
 
     @contextmanager
     def _journal(self, files: WeightFiles) -> Iterator[Journal | None]:
         if self.run is None:
             yield None
             return
-        with Journal(self.directory, self.run, files.sync) as journal:
+        with Journal(self.directory, self.run, files.sync, self.processes.rank) as journal:
             yield journal

@@ -13,8 +13,10 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from dcmerge_ext.cli import merge
 from dcmerge_ext.cli.display import make_console
 from dcmerge_ext.cli.parser import build_parser
+from dcmerge_ext.distributed import several
 from dcmerge_ext.errors import BackendUnavailable, DcmergeError, InputError
 
 _NOTHING_LEFT = "nothing was left behind"
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate) if threading.current_thread() is threading.main_thread() else None
     )
     try:
+        if several() and args.run not in (merge.run_merge, merge.run_plan):
+            raise InputError("torchrun: only dcmerge merge runs in several processes; start this command without it")
         status: int = args.run(args)
         return status
     except (InputError, BackendUnavailable) as error:
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"interrupted; {str(stop) or _NOTHING_LEFT}")
         return 130
     except Exception:
-        errors.print_exception()
+        Console(stderr=True, soft_wrap=True).print_exception()  # of any process
         errors.print(Text("failed:", "bold red"), "an internal error; please report it with the lines above")
         return 3
     finally:

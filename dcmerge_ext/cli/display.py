@@ -5,9 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from dcmerge_ext.distributed import is_first
+
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    return Console(stderr=stderr, quiet=quiet, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    """Quiet in every process but the first."""
+    return Console(
+        stderr=stderr, quiet=quiet or not is_first(), soft_wrap=True, markup=False, emoji=False, highlight=False
+    )
 
 
 def make_table(*headers: str) -> Table:

@@ -25,6 +25,7 @@ from dcmerge_ext.checkpoints.execute import work_bytes
 from dcmerge_ext.checkpoints.memory import anonymous_bytes
 from dcmerge_ext.checkpoints.run import Prepared, prepare, run
 from dcmerge_ext.cli.display import make_console, make_table
+from dcmerge_ext.distributed import Processes, is_first, joined
 from dcmerge_ext.errors import OptionError
 
 _FIELDS = (
@@ -36,10 +37,15 @@ _FIELDS = (
 def run_merge(args: argparse.Namespace) -> int:
     if args.dry_run:
         return run_plan(args)
+    with joined() as processes:
+        return _merge(args, processes)
+
+
+def _merge(args: argparse.Namespace, processes: Processes) -> int:
     prepared = prepare(config_of(args))
     for note in prepared.plan.notes:
         make_console(stderr=True, quiet=args.quiet).print(f"note: {note}")
-    predicted = _estimate(prepared) if args.verbose else None
+    predicted = _estimate(prepared) if args.verbose and is_first() else None
     before = anonymous_bytes()
     progress = Progress(
         TextColumn("merging"),
@@ -49,11 +55,11 @@ def run_merge(args: argparse.Namespace) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=make_console(stderr=True),
-        disable=args.quiet,
+        disable=args.quiet or not is_first(),
     )
     with progress:
         bar = progress.add_task("merge", total=work_bytes(prepared.plan, copies=prepared.adapter is None))
-        report = run(prepared, lambda done: progress.advance(bar, done))
+        report = run(prepared, lambda done: progress.advance(bar, done), processes)
     counts = prepared.plan.counts()
     make_console(quiet=args.quiet).print(
         f"{report.out}: {_summary(prepared)} in {report.seconds:.1f} s "

@@ -207,6 +207,10 @@ class _State:
     def join(self, share: _State) -> None:
         self.rule.join(share.rule)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to other processes: they compute the cores that they need."""
+        return {"rule": self.rule, "cores": {}}
+
     def keep(self, key: str, core: _Core) -> None:
         cores = [core, *self.cores.values()]
         if sum(part.nbytes for kept in cores for part in kept) <= _MOST_KEPT:

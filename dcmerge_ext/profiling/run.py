@@ -46,7 +46,7 @@ def profile(config: MergeConfig, prepared: Callable[[Prepared], Callable[[int], 
             rates = _rates(device, scratch)
             started = time.perf_counter()
             with stage(OTHER):
-                run(ready, *([prepared(ready)] if prepared else []))
+                run(ready, prepared(ready) if prepared else lambda _: None)
             seconds = planned + time.perf_counter() - started
         rates = rates.best(_rates(device, scratch))  # other processes may have slowed the first measurement
     stages = stage_costs(collector.events, threads, rates)
