@@ -483,6 +483,35 @@ def test_killed_while_the_earlier_output_is_replaced(
     assert result_of(out) == expected
 
 
+@pytest.mark.usefixtures("restore_threads")
+def test_a_tensor_gets_the_same_threads_however_many_are_left(
+    base: Path, models: list[Path], out: Path, partial: Path, stop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAPACK's results depend on its number of threads."""
+    torch.set_num_threads(4)
+    method = dcmerge_ext.list_methods()["dc_merge"]
+    merging, threads = method.merge, []
+
+    def noted(*given: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return merging(*given)
+
+    def merge(**more: Any) -> object:
+        return merge_checkpoints(base, models, out, **more)
+
+    expected = undisturbed(merge, out)
+    stop(merge, after=TENSORS - 1)
+    earlier = read_journals(partial)
+    assert earlier is not None
+    (file,) = partial.glob("journal-*")
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(line for line in lines if b'"name":"layers.0.mlp.weight"' not in line))
+    monkeypatch.setattr(method, "merge", noted)
+    merge(resume=True)
+    assert threads == [1]
+    assert result_of(out) == expected
+
+
 def test_a_sweep_cannot_be_resumed(base: Path, models: list[Path], out: Path) -> None:
     with pytest.raises(InputError, match="resume and verify belong to a merge"):
         dcmerge_ext.sweep(base, models, out, lambda path: 1.0, resume=True)
