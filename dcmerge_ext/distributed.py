@@ -18,7 +18,6 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from dcmerge_ext.errors import DcmergeError, InputError, RunError
 from dcmerge_ext.methods.base import SurveyState
@@ -68,12 +67,14 @@ class Group(Processes):
     """The processes that torchrun started."""
 
     def __init__(self) -> None:
+        # torch may be built without them
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+        from torch.distributed.rendezvous import rendezvous
+
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._meetings = 0
         group = next(_groups)
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
         store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
         self._store = PrefixStore(f"dcmerge-{group}", store)
         dist.init_process_group(
@@ -87,12 +88,15 @@ class Group(Processes):
         threading.Thread(target=self._beat, daemon=True).start()
 
     def check(self) -> None:
-        if self._store.check(["failure"]):
+        with _exchange():
+            failed = self._store.check(["failure"])
+        if failed:
             raise self._failure()
 
     def meet(self) -> None:
         self._meetings += 1
-        self._wait(f"meeting-{self._meetings}", until_failure=True)
+        with _exchange():
+            self._wait(f"meeting-{self._meetings}", until_failure=True)
 
     def gather(self, value: _T) -> list[_T]:
         self.meet()
@@ -182,7 +186,7 @@ def joined() -> Iterator[Processes]:
         yield group
         group.leave()
     except Exception as error:
-        with suppress(Exception):  # the store goes with torchrun
+        with suppress(Exception, KeyboardInterrupt):  # torchrun may end this process, and the store with itself
             group.fail(error)
             group.leave()
         if isinstance(error, OSError):
@@ -194,8 +198,11 @@ def joined() -> Iterator[Processes]:
 
 @contextmanager
 def _exchange() -> Iterator[None]:
+    """Errors of the connection inside the block become RunError."""
     try:
         yield
+    except DcmergeError:
+        raise
     except RuntimeError as error:
         raise RunError(
             f"the connection to the other processes was lost ({error}); continue with --resume once that is mended"

@@ -62,7 +62,8 @@ class Journal:
         self._pending: list[Entry] = []
         self._seconds, self._bytes = 0.0, 0
         self._torn = False
-        self._adding, self._committing = threading.Lock(), threading.Lock()
+        # re-entrant: an interrupt inside one must not keep the closing commit out
+        self._adding, self._committing = threading.RLock(), threading.RLock()
         path = directory / JOURNALS.replace("*", f"{process:05d}")
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -84,19 +85,26 @@ class Journal:
             self._bytes += nbytes
 
     def commit_if_due(self) -> None:
-        """Commit once enough work depends on it."""
-        if self._seconds >= _COMMIT_SECONDS or self._bytes >= _COMMIT_BYTES:
-            self.commit()
+        """Commit once enough work depends on it; not while another thread does, which would wait for the disk twice."""
+        due = self._seconds >= _COMMIT_SECONDS or self._bytes >= _COMMIT_BYTES
+        if due and self._committing.acquire(blocking=False):
+            try:
+                self._commit()
+            finally:
+                self._committing.release()
 
     def commit(self) -> None:
         """Bring everything that was noted to the disk, and before it the bytes that it claims."""
         with self._committing:
-            with self._adding:
-                entries, self._pending = self._pending, []
-                self._seconds, self._bytes = 0.0, 0
-            if entries:
-                self._sync()
-                self._write(*map(msgspec.json.encode, entries))
+            self._commit()
+
+    def _commit(self) -> None:
+        with self._adding:
+            entries, self._pending = self._pending, []
+            self._seconds, self._bytes = 0.0, 0
+        if entries:
+            self._sync()
+            self._write(*map(msgspec.json.encode, entries))
 
     def _write(self, *lines: bytes) -> None:
         left = memoryview(b"\n" * self._torn + b"".join(line + b"\n" for line in lines))

@@ -77,8 +77,8 @@ def content(out: Path) -> Tree:
     return found
 
 
-def alone(line: list[str], out: Path, seconds: float, chance: random.Random) -> str:
-    """Start and kill until one comes through. Returns how many it took."""
+def alone(line: list[str], out: Path, seconds: float, chance: random.Random) -> tuple[int, str]:
+    """Start and kill until one comes through. Returns the number of kills, and what became of the run."""
     kills = 0
     while True:
         process = start([*line, "--resume"])
@@ -87,14 +87,14 @@ def alone(line: list[str], out: Path, seconds: float, chance: random.Random) -> 
             process.kill()
             process.join()
         if process.exitcode == 0 or out.exists():  # killed after the last rename: complete
-            return f"{kills} kills"
+            return kills, "resumed until it came through" if kills else "came through at once"
         if process.exitcode != -signal.SIGKILL:
             raise SystemExit(f"exit status {process.exitcode} of {' '.join(line)}")
         kills += 1
 
 
-def together(line: list[str], out: Path, seconds: float, chance: random.Random) -> str:
-    """Two processes under torchrun, one killed while it works. Returns what became of the run."""
+def together(line: list[str], out: Path, seconds: float, chance: random.Random) -> tuple[int, str]:
+    """Two processes under torchrun, one killed while it works. Returns as :func:`alone`."""
     run = subprocess.Popen([*_TWO, *line], cwd=tempfile.gettempdir(), stderr=subprocess.DEVNULL)
     partial = out.with_name(out.name + ".partial")
     while not partial.exists() and not out.exists() and run.poll() is None:
@@ -107,7 +107,7 @@ def together(line: list[str], out: Path, seconds: float, chance: random.Random) 
             os.kill(chance.choice(pids), signal.SIGKILL)
     status = run.wait(timeout=120)
     if out.exists():
-        return "came through"
+        return 0, "came through before the kill"
     if status == 0:
         raise SystemExit(f"exit status 0 without an output: {' '.join(line)}")
     if chance.random() < 0.2:
@@ -115,9 +115,9 @@ def together(line: list[str], out: Path, seconds: float, chance: random.Random) 
         done = subprocess.run(again, cwd=tempfile.gettempdir(), stderr=subprocess.DEVNULL, timeout=120)
         if done.returncode != 0:
             raise SystemExit(f"exit status {done.returncode} of two processes: {' '.join(line)} --resume")
-        return "killed, resumed by two"
+        return 1, "resumed by two"
     finished([*line, "--resume"])
-    return "killed, resumed by one"
+    return 1, "resumed by one"
 
 
 _TWO = (
@@ -127,10 +127,15 @@ _TWO = (
 
 
 def try_all(
-    kind: str, runs: int, lines: dict[str, list[str]], folder: Path, disturbed: Callable[..., str], slower: float
+    kind: str,
+    runs: int,
+    lines: dict[str, list[str]],
+    folder: Path,
+    disturbed: Callable[..., tuple[int, str]],
+    slower: float,
 ) -> None:
     chance = random.Random(len(kind))
-    tally: Counter[str] = Counter()
+    kills, tally = 0, Counter[str]()
     expected: dict[str, tuple[Tree, float]] = {}
     started = time.monotonic()
     for i in range(runs):
@@ -143,13 +148,17 @@ def try_all(
             expected[method] = content(out), time.monotonic() - before
             shutil.rmtree(out)
         tree, seconds = expected[method]
-        tally[disturbed(line, out, slower * seconds, chance)] += 1
+        times, what = disturbed(line, out, slower * seconds, chance)
+        kills += times
+        tally[what] += 1
         if content(out) != tree:
             raise SystemExit(f"run {i} of {kind}, {method}: other bytes; see {out}")
         shutil.rmtree(out)
     outcomes = ", ".join(f"{count} x {what}" for what, count in sorted(tally.items()))
     took = f"{time.monotonic() - started:.0f} s"
-    make_console().print(f"{kind}: {runs} runs, all with the bytes of an undisturbed one ({outcomes}), {took}")
+    make_console().print(
+        f"{kind}: {runs} runs, {kills} kills, always the bytes of an undisturbed run ({outcomes}); {took}"
+    )
 
 
 def kill_and_resume() -> None:
