@@ -78,7 +78,7 @@ def _check_output(out: Path) -> None:
         if tensors.keys() != expected:
             raise Wrong(f"the output holds {sorted(tensors)}, the record {sorted(expected)}")
     else:
-        json.loads((out / "adapter_config.json").read_text(), parse_constant=_no_constant)
+        json.loads((out / "adapter_config.json").read_text())
     copied = {t["name"] for t in record["tensors"] if t["action"] == "copy" or not any(t["update_norms"])}
     for name, values in tensors.items():
         if name not in copied and not torch.isfinite(values).all():

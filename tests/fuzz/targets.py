@@ -15,6 +15,7 @@ from dcmerge_ext.checkpoints.run import prepare, run
 from dcmerge_ext.cli.merge import config_of
 from dcmerge_ext.cli.parser import build_parser
 from dcmerge_ext.comparison.result import Comparison
+from dcmerge_ext.methods.registry import describe_options, list_methods
 from fuzz import inputs, mutate
 from fuzz.pickles import hostile_pickle
 from fuzz.side_files import odd_side_file
@@ -320,7 +321,37 @@ def _configuration(random: Random) -> dict[str, Any]:
     }  # fmt: skip
     for key in random.sample(list(more), random.choice([0, 1, 2])):
         values[key] = more[key]
+    if random.random() < 0.3:
+        values["method"], values["options"] = _options(random)
     return values
+
+
+def _options(random: Random) -> tuple[str, dict[str, Any]]:
+    """A method and odd values of its options."""
+    name, cls = random.choice(list(list_methods().items()))
+    known = [option.name for option in describe_options(cls)]
+    chosen = random.sample(known, min(len(known), random.choice([1, 1, 2])))
+    numbers = (
+        1,
+        2,
+        3,
+        0.5,
+        1e-3,
+        [1, 2],
+        [1],
+        0,
+        1.0,
+        "ties",
+        "sum",
+        "mean",
+        "none",
+        "fft",
+        "linear",
+        "fast",
+        10,
+        2**31,
+    )
+    return name, {option: mutate.value(random, numbers) for option in chosen}
 
 
 _YAML = (
