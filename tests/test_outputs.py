@@ -73,8 +73,10 @@ class TestSideFiles:
     def test_links_of_a_download_cache_become_files(
         self, base: Path, models: list[Path], out: Path, tmp_path: Path, capsys: Capsys
     ) -> None:
-        (tmp_path / "blob").write_text('{"linked": true}')
-        (base / "tokenizer.json").symlink_to(tmp_path / "blob")
+        blob = tmp_path / "models--someone--model" / "blobs" / "0123abcd"  # as huggingface_hub lays its cache out
+        blob.parent.mkdir(parents=True)
+        blob.write_text('{"linked": true}')
+        (base / "tokenizer.json").symlink_to(blob)
         merged(capsys, out, "--base", base, *tasks(*models))
         assert not (out / "tokenizer.json").is_symlink()
         assert (out / "tokenizer.json").read_text() == '{"linked": true}'
