@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from fuzz import case, inputs, mutate
+from fuzz.jobs import merge
 from fuzz.pool import Worker
-from fuzz.targets import TARGETS, merge
+from fuzz.targets import TARGETS
 from fuzz.worker import Guard, Trespass
 
 from dcmerge_ext.errors import InputError

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from dcmerge_ext.comparison.result import Comparison
 from dcmerge_ext.errors import DcmergeError, InputError
-from fuzz.targets import SECRET, TARGETS, Job
+from fuzz.jobs import SECRET, Job
+from fuzz.targets import TARGETS
 
 
 class Outcome(NamedTuple):
