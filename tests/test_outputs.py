@@ -73,7 +73,7 @@ class TestSideFiles:
     def test_links_of_a_download_cache_become_files(
         self, base: Path, models: list[Path], out: Path, tmp_path: Path, capsys: Capsys
     ) -> None:
-        blob = tmp_path / "models--someone--something" / "blobs" / "0123"
+        blob = tmp_path / "models--someone--model" / "blobs" / "0123abcd"  # as huggingface_hub lays its cache out
         blob.parent.mkdir(parents=True)
         blob.write_text('{"linked": true}')
         (base / "tokenizer.json").symlink_to(blob)

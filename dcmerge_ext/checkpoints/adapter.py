@@ -182,7 +182,9 @@ class Adapter:
         a, b = self.file.specs[key_a], self.file.specs[key_b]
         rank = a.shape[0] if a.shape else 0
         flat = [(s.shape[0], prod(s.shape[1:])) if len(s.shape) >= 2 else (0, 0) for s in (a, b)]
-        if rank == 0 or flat[1][1] != rank or not (a.dtype.is_floating_point and b.dtype.is_floating_point):
+        fit = rank > 0 and flat[1][1] == rank and len(a.shape) == len(b.shape)
+        fit &= a.dtype.is_floating_point and b.dtype.is_floating_point
+        if not fit or (infix == "lora_embedding_" and len(a.shape) != 2):
             raise InputError(
                 f"{self.file.label}: factors of {module!r} do not fit: {key_a} is {a.text}, {key_b} is {b.text}"
             )

@@ -181,6 +181,11 @@ def _targets(paths: list[str]) -> list[str] | str:
 def _store_factors(files: WeightFiles, module: _Module) -> Sink:
     def sink(rows: slice | None, base: Tensor, merged: Update, facts: dict[str, Any]) -> None:
         for key, values in module.tensors(merged, module.tensor.scale).items():
+            if not bool(values.isfinite().all()):
+                raise InputError(
+                    f"tensor {module.tensor.name!r}: the merged factors overflow float32; merge at a smaller scale, or repair "
+                    "the adapters"
+                )
             files.write(key, rows, values)
 
     return sink

@@ -160,8 +160,8 @@ def _unmergeable(path: Path, name: str, dtype: str) -> InputError:
 
 def _refusal(error: pickle.UnpicklingError) -> str:
     """What torch refused, out of a page of advice to load it all the same."""
-    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
-    return found[1] if found else _first_line(error)
+    found = re.search(r".*(WeightsUnpickler error|GLOBAL|Unsupported).*", str(error))
+    return found[0].strip() if found else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

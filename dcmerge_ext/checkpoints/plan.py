@@ -224,7 +224,7 @@ class _Planner:
         for i, (task, spec) in enumerate(zip(self.tasks, specs, strict=True)):
             if spec.shape == base.shape:
                 continue
-            shapes = f"{'x'.join(map(str, spec.shape))}, the base has {base.text} ({self.base.where(name)})"
+            shapes = f"{'x'.join(map(str, spec.shape)) or '()'}, the base has {base.text} ({self.base.where(name)})"
             if spec.shape[1:] != base.shape[1:] or not _is_vocabulary(name, base):
                 raise InputError(
                     f"{task.where(name)}: tensor {name!r} has shape {shapes}; all tasks must be fine-tuned from this base"

@@ -15,7 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from dcmerge_ext.calibration.grams import Gram, Grams, find_gram, open_grams
-from dcmerge_ext.errors import InputError, OptionError
+from dcmerge_ext.errors import ConvergenceError, InputError, OptionError
 from dcmerge_ext.linalg.polar import polar_with_values
 from dcmerge_ext.lowrank import LowRank, Update, times
 from dcmerge_ext.methods.base import Context, Method, Preset
@@ -418,7 +418,10 @@ def gram_root(gram: Tensor, where: str) -> Tensor:
     low, high = L.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)
     if not bool(failed.any()) and bool((low > _WORST_PIVOT * high).all()):
         return L
-    values, vectors = eigh(gram)
+    try:
+        values, vectors = eigh(gram)
+    except ConvergenceError as error:
+        raise OptionError(f"{where}: its eigenvalues cannot be found ({error}); calibrate that model again") from error
     round_off = gram.shape[-1] * torch.finfo(gram.dtype).eps * values[..., -1:]
     if bool((values < -1e3 * round_off.clamp(min=0)).any()):
         raise OptionError(f"{where} has negative eigenvalues, which no X'X has; calibrate that model again")

@@ -135,6 +135,8 @@ def create(name: str, options: Mapping[str, Any]) -> Method:
         return msgspec.convert(given, cls)
     except msgspec.ValidationError as error:
         raise OptionError(f"method {name!r}: {explain(error, cls)}") from error
+    except UnicodeEncodeError as error:
+        raise OptionError(f"method {name!r}: {error.object!r} is no text (half of a surrogate pair)") from error
 
 
 def preset_of(cls: type[Method], options: Mapping[str, Any]) -> Preset | None:

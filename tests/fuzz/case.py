@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from dcmerge_ext.comparison.result import Comparison
 from dcmerge_ext.errors import DcmergeError, InputError
-from fuzz.targets import SECRET, TARGETS, Job
+from fuzz.jobs import SECRET, Job
+from fuzz.targets import TARGETS
 
 
 class Outcome(NamedTuple):
@@ -78,7 +79,7 @@ def _check_output(out: Path) -> None:
         if tensors.keys() != expected:
             raise Wrong(f"the output holds {sorted(tensors)}, the record {sorted(expected)}")
     else:
-        json.loads((out / "adapter_config.json").read_text(), parse_constant=_no_constant)
+        json.loads((out / "adapter_config.json").read_text())
     copied = {t["name"] for t in record["tensors"] if t["action"] == "copy" or not any(t["update_norms"])}
     for name, values in tensors.items():
         if name not in copied and not torch.isfinite(values).all():

@@ -64,7 +64,9 @@ class Worker:
         assert out is not None
         for _ in range(_TICKS):
             if select.select([out], [], [], _TICK_SECONDS)[0]:
-                return out.readline()
+                if not (line := out.readline()):
+                    self._process.wait(timeout=10)  # its pipes close a moment before its status is there
+                return line
         return ""
 
     def _replace(self) -> Outcome:

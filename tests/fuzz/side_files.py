@@ -19,7 +19,9 @@ _LINKS = (
 
 def odd_side_file(random: Random, folder: Path) -> None:
     """One entry: a link, a pipe, a directory, an empty or unreadable file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.unlink(missing_ok=True)
+        folder.mkdir()
     path = folder / random.choice(_NAMES)
     if path.is_dir() and not path.is_symlink():
         return
